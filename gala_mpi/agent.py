@@ -1,0 +1,282 @@
+"""The actor-learner: one rank's way through a run. Rollout, learn, exchange, record."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gala_mpi import __version__, _native
+from gala_mpi.board import Board, Overview
+from gala_mpi.collective import on_all_ranks
+from gala_mpi.config import ConfigError, TrainConfig
+from gala_mpi.environments import Simulators, is_atari, make_simulators
+from gala_mpi.exchange import Exchange, make_exchange
+from gala_mpi.learner import Learner, Losses
+from gala_mpi.monitor import Monitor
+from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
+from gala_mpi.parameters import FlatParameters
+from gala_mpi.recorder import Recorder, rank_file
+from gala_mpi.rollout import Collector
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+REFERENCE_SIMULATORS = 16
+STATUS_EVERY_S = 1.0
+
+
+@dataclass
+class StopRequest:
+    """Set from a signal handler, or by an `on_update` callback, to end the run at the next update."""
+
+    reason: str | None = None
+
+    def __call__(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What all ranks share about a run: made by rank 0, the same everywhere."""
+
+    folder: Path
+    run_id: str
+    t0: float
+    started: str
+    mpi_library: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a rank's training ended; `overview` is None on all ranks but 0."""
+
+    agent_steps: int
+    updates: int
+    total_steps: int
+    seconds: float
+    stopped: str | None
+    overview: Overview | None
+
+
+class Agent:
+    """One rank's simulators, policy, learner, exchange and recorder. Making it and `train` are collective."""
+
+    def __init__(self, config: TrainConfig, comm: Intracomm) -> None:
+        self._config, self._comm = config, comm
+        threads, device = on_all_ranks(comm, lambda: _place(comm, config.run.device))
+        torch.set_num_threads(threads)
+        # One stream for each use: parameters from the seed alone, simulators and actions by rank.
+        shared = np.random.SeedSequence([config.run.seed])
+        simulator_seed, action_seed = np.random.SeedSequence([config.run.seed, comm.rank]).generate_state(2)
+        self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
+        self._policy = make_policy(config, self._simulators, _generator(int(shared.generate_state(1)[0]))).to(device)
+        self._flat = FlatParameters(self._policy)
+        self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm)
+        self._learner = Learner(
+            self._flat, config.learner, learning_rate(config, comm.size), self._exchange.average_gradient
+        )
+        generator = _generator(int(action_seed), device)
+        steps = config.learner.rollout_steps
+        # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
+        self._collector = Collector(self._simulators, self._policy, steps, int(simulator_seed) >> 2, generator)
+        self._board = Board(comm)
+        self._next_sketch = 0
+        self._status_at_s = 0.0
+        self._agent_steps = self._update = 0
+        self._rollout_s = self._learn_s = 0.0
+
+    def _make_recorder(self, info: RunInfo) -> Recorder:
+        config, comm = self._config, self._comm
+        packages = ("torch", "mpi4py", "gymnasium", "ale-py", "numpy", "h5py")
+        attributes = {
+            "run_id": info.run_id,
+            "rank": comm.rank,
+            "size": comm.size,
+            "node": platform.node(),
+            "env_id": config.environment.env,
+            "config": config.as_dict(),
+            "mpi_library": info.mpi_library,
+            "versions": {
+                "gala-mpi": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in packages},
+            },
+            "started": info.started,
+            "t0": info.t0,
+        }
+        try:
+            return Recorder(rank_file(info.folder, comm.rank), attributes, config.record, config.run.seed)
+        except OSError as error:
+            allowed = f"a folder that {platform.node()} can write ({error})"
+            raise ConfigError("out", str(info.folder), allowed) from error
+
+    def train(self, info: RunInfo, stop: StopRequest, on_update: Callable[[int], None] | None = None) -> Summary:
+        """Run to the end of the budget, the time limit or a request to stop.
+
+        `on_update`, if given, is called after every update with its number. Raises ConfigError, on all
+        ranks, if a file of the run cannot be made.
+        """
+        run, record = self._config.run, self._config.record
+        self._info = info
+        self._recorder = on_all_ranks(self._comm, lambda: self._make_recorder(info))
+        begin_s = time.monotonic()
+        monitor = Monitor(run.total_steps, record.progress_every_s, run.time_limit_s) if self._comm.rank == 0 else None
+        try:
+            while not self._exchange.agree(self._spent(stop)):
+                self._one_update()
+                if monitor is not None and monitor.due():
+                    monitor.show(self._board.overview())
+                if on_update is not None:
+                    on_update(self._update)
+            self._exchange.finish(self._update, self._agent_steps)
+            self._board.post_status(self._agent_steps, self._update, self._exchange.counters.staleness)
+            self._recorder.flush()
+            self._board.finish(self._config.exchange.neighbour_timeout_s)
+            overview = self._board.overview() if monitor is not None else None
+        finally:
+            self._recorder.close()
+            if monitor is not None:
+                monitor.close()
+        return Summary(
+            agent_steps=self._agent_steps,
+            updates=self._update,
+            total_steps=self._board.total_steps,
+            seconds=time.monotonic() - begin_s,
+            stopped=stop.reason or ("another rank stopped" if self._board.stop_requested else None),
+            overview=overview,
+        )
+
+    def free(self) -> None:
+        """Free windows and simulators. Collective."""
+        self._exchange.free()
+        self._board.free()
+        self._simulators.close()
+
+    def _spent(self, stop: StopRequest) -> bool:
+        """Whether this rank has nothing left to do."""
+        run = self._config.run
+        limit_s = math.inf if run.time_limit_s is None else run.time_limit_s
+        if stop.reason:
+            self._board.ask_all_to_stop()
+        if stop.reason or self._board.stop_requested or time.time() - self._info.t0 >= limit_s:
+            return True
+        return self._progress() >= 1
+
+    def _progress(self) -> float:
+        """Share of the budget that is spent."""
+        run, size = self._config.run, self._comm.size
+        # Ranks in step, and a rank alone, count for themselves: no step more than needed, the same in every run.
+        if run.budget == "per-rank" or self._exchange.synchronous or size == 1:
+            return self._agent_steps * size / run.total_steps
+        return self._board.total_steps / run.total_steps
+
+    def _one_update(self) -> None:
+        exchange, counters = self._exchange, self._exchange.counters
+        measure = (self._update + 1) % self._config.record.record_every == 0
+        exchanged_s = counters.exchange_s
+        begin = time.perf_counter()
+        rollout = self._collector.collect()
+        collected = time.perf_counter()
+        losses = self._learner.update(rollout, self._progress(), measure=measure)
+        self._rollout_s += collected - begin
+        # An all-reduce happens inside the learner's update, and is not learning.
+        self._learn_s += time.perf_counter() - collected - (counters.exchange_s - exchanged_s)
+        self._update += 1
+        steps = rollout.rewards.numel()
+        self._agent_steps += steps
+        self._board.add(steps)
+        exchange.step(self._update, self._agent_steps)
+        now_s = time.time() - self._info.t0
+        for episode in rollout.episodes:
+            row = (now_s, self._update, self._agent_steps, episode.env_index, episode.episode_return, episode.length)
+            self._recorder.append("episodes", row)
+        self._board.note_episodes(rollout.episodes, now_s)
+        if measure:
+            self._record(now_s, losses)
+        self._record_sketch(now_s)
+        if now_s - self._status_at_s >= STATUS_EVERY_S:
+            self._status_at_s = now_s
+            self._board.post_status(self._agent_steps, self._update, counters.staleness)
+        self._recorder.flush_if_due()
+
+    def _record(self, now_s: float, losses: Losses) -> None:
+        counters, when = self._exchange.counters, (now_s, self._update)
+        self._recorder.append(
+            "updates",
+            (
+                *when,
+                self._agent_steps,
+                float(losses.policy_loss),
+                float(losses.value_loss),
+                float(losses.entropy),
+                float(losses.grad_norm),
+                float(losses.update_norm),
+                float(losses.explained_variance),
+                self._rollout_s,
+                self._learn_s,
+                counters.exchange_s,
+                counters.wait_s,
+                counters.messages_sent,
+                counters.messages_mixed,
+                counters.messages_dropped,
+                counters.messages_rejected,
+                counters.staleness,
+                counters.message_age_s,
+                counters.neighbour_distance,
+            ),
+        )
+        for n in self._exchange.in_neighbours:
+            self._recorder.append("neighbours", (*when, n.rank, n.staleness, n.message_age_s, n.distance, n.lost))
+
+    def _record_sketch(self, now_s: float) -> None:
+        """Sketch the parameters at the first update after each instant t0 + k * interval, on all ranks alike."""
+        record = self._config.record
+        instant = int(now_s // record.sketch_every_s)
+        if instant >= self._next_sketch:
+            self._next_sketch = instant + 1
+            sketch = np.zeros(record.sketch_dimension, np.float32)
+            squared = _native.sketch(self._flat.host(), sketch, self._config.run.seed)
+            self._recorder.append("sketches", (now_s, self._update, math.sqrt(squared), sketch))
+
+
+def make_policy(config: TrainConfig, simulators: Simulators, generator: torch.Generator) -> Policy:
+    """The network for the task."""
+    if is_atari(config.environment.env):
+        return AtariPolicy(simulators.actions, generator)
+    inputs = math.prod(simulators.observation_shape)
+    return MLPPolicy(inputs, config.learner.hidden, simulators.actions, generator)
+
+
+def learning_rate(config: TrainConfig, size: int) -> float:
+    """The learning rate of a run of `size` ranks."""
+    if config.learner.learning_rate_scaling == "none":
+        return config.learner.learning_rate
+    return config.learner.learning_rate * math.sqrt(config.environment.simulators * size / REFERENCE_SIMULATORS)
+
+
+def _generator(seed: int, device: torch.device | None = None) -> torch.Generator:
+    return torch.Generator(device or "cpu").manual_seed(seed)
+
+
+def _place(comm: Intracomm, device: str) -> tuple[int, torch.device]:
+    """Threads and device of this rank, shared fairly with the ranks of its node. Collective."""
+    node, mine = platform.node(), frozenset(os.sched_getaffinity(0))
+    placed = comm.allgather((node, mine))
+    sharing = sum(1 for other, cpus in placed if other == node and cpus & mine)
+    local_rank = sum(1 for other, _ in placed[: comm.rank] if other == node)
+    threads = max(len(mine) // sharing, 1)
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return threads, torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device", device, f"a GPU that torch can use, but there is none on {node}")
+    return threads, torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -1,0 +1,244 @@
+"""The command line: reads the configuration, checks it on all ranks at once, and runs the agent.
+
+Exit codes: 0 the budget or the time limit is reached; 1 an error, with its traceback; 2 a setting that cannot
+be used; 75 stopped by a signal before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import tyro
+
+from gala_mpi import __version__
+from gala_mpi.collective import on_all_ranks
+from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, load_preset
+from gala_mpi.environments import check_environment
+from gala_mpi.topology import make_topology
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+    from gala_mpi.agent import RunInfo, StopRequest, Summary
+
+EXIT_ERROR, EXIT_CONFIG, EXIT_STOPPED = 1, 2, 75
+RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+
+def main() -> NoReturn:
+    """The command `gala-mpi`."""
+    args = sys.argv[1:]
+    if "--version" in args:
+        sys.exit(_print_once(f"gala-mpi {__version__}"))
+    # The default command may be left out; others stand first.
+    command, rest = (args[0], args[1:]) if args and args[0] in COMMANDS else ("train", args)
+    if "--help" in rest or "-h" in rest:
+        sys.exit(_print_once(_help(rest)))
+    sys.exit(COMMANDS[command](rest))
+
+
+def train(args: list[str]) -> int:
+    """Train; returns the exit code. Collective over all ranks of the job."""
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    logging.basicConfig(format=f"[{comm.rank}/{comm.size}] %(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        return _train(args, comm)
+    except UsageError as error:
+        # Raised on all ranks alike: one of them speaks.
+        if comm.rank == 0:
+            print(f"gala-mpi: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        for line in traceback.format_exc().splitlines():
+            print(f"[{comm.rank}/{comm.size}] {line}", file=sys.stderr)
+        sys.stderr.flush()
+        # The other ranks may wait for this one in a collective call: end them too.
+        comm.Abort(EXIT_ERROR)
+        return EXIT_ERROR
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train}
+
+
+def _train(args: list[str], comm: MPI.Intracomm) -> int:
+    config = on_all_ranks(comm, lambda: check(parse(args), comm.size))
+    # Only now: torch takes seconds to import, and a bad setting should be told at once.
+    from gala_mpi.agent import Agent, StopRequest
+
+    stop = StopRequest()
+    agent = Agent(config, comm)
+    info = create_run(config, comm)
+    if comm.rank == 0:
+        print(_banner(config, comm, info), flush=True)
+    with _signals(stop):
+        summary = agent.train(info, stop)
+        agent.free()
+    if comm.rank == 0:
+        print(_farewell(summary, info), flush=True)
+    return EXIT_STOPPED if summary.stopped else 0
+
+
+def parse(args: list[str]) -> TrainConfig:
+    """The configuration that the arguments describe, on top of the preset that they name."""
+    preset = RunConfig.preset
+    for index, arg in enumerate(args):
+        if arg == "--preset" and index + 1 < len(args):
+            preset = args[index + 1]
+        elif arg.startswith("--preset="):
+            preset = arg.partition("=")[2]
+    default = load_preset(preset)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return _tyro(args, default)
+    except SystemExit as error:
+        raise UsageError(_one_line(said.getvalue())) from error
+
+
+def check(config: TrainConfig, size: int) -> TrainConfig:
+    """The configuration, if `size` ranks can run it as far as can be told before anything is made."""
+    make_topology(config.exchange.topology, size)
+    check_environment(config.environment.env)
+    out = config.record.out
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError("out", str(out), "a folder, not a file")
+    if out is not None and out.is_dir() and any(out.glob("rank-*.h5")):
+        raise ConfigError("out", str(out), "a folder that holds no run yet")
+    return config
+
+
+def _tyro(args: list[str], default: TrainConfig) -> TrainConfig:
+    return tyro.cli(
+        TrainConfig,
+        prog="gala-mpi train",
+        description="Train a policy: mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/pong",
+        args=args,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _one_line(box: str) -> str:
+    """The message of a parser's error box: the lines between its title and the next rule."""
+    lines = [re.sub(r"^[\s│|]+|[\s│|]+$", "", line) for line in box.splitlines()]
+    rules = [index for index, line in enumerate(lines) if re.fullmatch(r"[─╭╮╰╯-]{5,}", line)]
+    body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return " ".join(line for line in body if line) + " (see gala-mpi train --help)"
+
+
+def _help(args: list[str]) -> str:
+    preset = args[args.index("--preset") + 1] if "--preset" in args[:-1] else RunConfig.preset
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        _tyro(["--help"], load_preset(preset))
+    return said.getvalue()
+
+
+def _print_once(text: str) -> int:
+    """Print on one rank, without starting MPI: help works on a login node too."""
+    ranks = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
+    if not ranks or ranks[0] == "0":
+        print(text)
+    return 0
+
+
+def create_run(config: TrainConfig, comm: MPI.Intracomm) -> RunInfo:
+    """Make the run's folder, with the configuration in it, and give all ranks what they share. Collective."""
+    from gala_mpi.agent import RunInfo
+
+    folder = on_all_ranks(comm, lambda: _make_folder(config) if comm.rank == 0 else None)
+    info = None
+    if folder is not None:
+        now = time.time()
+        started = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
+        info = RunInfo(folder, uuid.uuid4().hex, now, started, mpi_library())
+    shared: RunInfo = comm.bcast(info)
+    return shared
+
+
+def mpi_library() -> str:
+    """Name and version of the MPI library, in one line."""
+    from mpi4py import MPI
+
+    return " ".join(MPI.Get_library_version().strip("\x00 \n").splitlines()[0].split())
+
+
+def _make_folder(config: TrainConfig) -> Path:
+    out = config.record.out
+    if out is None:
+        task = re.sub(r"[^A-Za-z0-9]+", "-", config.environment.env).strip("-").lower()
+        out = Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.toml").write_text(_toml(config), "utf-8")
+    except OSError as error:
+        raise ConfigError("out", str(out), f"a folder that can be written ({error.strerror})") from error
+    return out.resolve()
+
+
+def _toml(config: TrainConfig) -> str:
+    """The effective configuration as a preset of its own; what belongs to this run alone is left out."""
+    lines = ["# The effective configuration of this run; `--preset` reads it."]
+    for section, values in config.as_dict().items():
+        lines.append(f"\n[{section}]")
+        for name, value in values.items():
+            if value is not None and name not in ("preset", "out"):
+                # JSON's numbers, strings, booleans and flat lists are TOML's too.
+                lines.append(f"{name} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def _signals(stop: StopRequest) -> Iterator[None]:
+    """SIGINT and SIGTERM ask for the end; a second one has its usual effect."""
+
+    def handle(number: int, _frame: object) -> None:
+        stop(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
+    exchange = config.exchange.exchange
+    how = f"{exchange} over a {config.exchange.topology}" if exchange == "gossip" else f"exchange {exchange}"
+    return (
+        f"gala-mpi {__version__}: {config.environment.env}, {comm.size} ranks x {config.environment.simulators} "
+        f"simulators, {how}, {info.mpi_library}\nmetrics in {info.folder}"
+    )
+
+
+def _farewell(summary: Summary, info: RunInfo) -> str:
+    from gala_mpi.monitor import returns_line
+
+    overview = summary.overview
+    returns = returns_line(overview) if overview else ""
+    ended = f"stopped ({summary.stopped})" if summary.stopped else "finished"
+    speed = summary.total_steps / max(summary.seconds, 1e-9)
+    return (
+        f"{ended}: {summary.total_steps:,} steps in {summary.seconds:,.1f} s ({speed:,.0f} steps/s), {returns}\n"
+        f"metrics in {info.folder}"
+    )

@@ -1,0 +1,259 @@
+"""The configuration of a training run: frozen dataclasses, checked once where they are made.
+
+The command line, the presets and the run's own record are all this one structure. A value that is not
+allowed raises ConfigError, whose text is the one line a user sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the text is the one line that says why."""
+
+
+class ConfigError(UsageError):
+    """A setting that cannot be used: names the field, the value and what is allowed."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"--{name.replace('_', '-')}: {value!r} cannot be used; expected {allowed}")
+
+
+def _at_least(section: object, lowest: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not lowest <= value < float("inf"):
+            raise ConfigError(name, value, f"a number of at least {lowest:g}")
+
+
+def _above_zero(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(name, value, "a number above 0")
+
+
+def _fraction(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(name, value, "a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """The task and its simulators. The Atari settings act on ids that begin with ALE/ only."""
+
+    env: str = "ALE/Pong-v5"
+    """Gymnasium id: an Atari game (ALE/Pong-v5) or any task with a flat Box observation and Discrete
+    actions (CartPole-v1)."""
+    simulators: int = 16
+    """Simulators of each rank."""
+    frame_skip: int = 4
+    """Atari: emulator frames an agent step lasts."""
+    noop_max: int = 30
+    """Atari: greatest number of random no-op steps at the start of a game."""
+    episodic_life: bool = True
+    """Atari: a lost life ends the return that is learned from (the game goes on)."""
+    clip_rewards: bool = True
+    """Atari: learn from the sign of the reward. Recorded returns are never clipped."""
+    sticky_actions: float = 0.0
+    """Atari: probability that the emulator repeats the previous action."""
+    max_frames: int = 108_000
+    """Atari: emulator frames after which a game is truncated."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "simulators", "frame_skip", "max_frames")
+        _at_least(self, 0, "noop_max")
+        _fraction(self, "sticky_actions")
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """Advantage actor-critic with n-step returns and RMSprop."""
+
+    rollout_steps: int = 5
+    """Steps of every simulator between two updates (T)."""
+    learning_rate: float = 7e-4
+    """Learning rate for 16 simulators in all."""
+    learning_rate_scaling: Literal["sqrt", "none"] = "sqrt"
+    """sqrt: multiply the learning rate by sqrt(simulators of all ranks / 16); none: use it as it is."""
+    learning_rate_decay: Literal["none", "linear"] = "none"
+    """linear: fall to zero at the end of the budget."""
+    gamma: float = 0.99
+    """Discount a step."""
+    entropy_weight: float = 0.01
+    """Weight of the policy's entropy in the loss."""
+    value_weight: float = 0.5
+    """Weight of the squared error of the value in the loss."""
+    max_grad_norm: float = 0.5
+    """Greatest norm of the gradient; longer ones are scaled down to it."""
+    rmsprop_alpha: float = 0.99
+    """Decay of RMSprop's running mean square."""
+    rmsprop_epsilon: float = 1e-5
+    """Term that keeps RMSprop's divisor above zero."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers, for tasks with a flat observation."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "rollout_steps")
+        _above_zero(self, "learning_rate", "max_grad_norm", "rmsprop_epsilon")
+        _at_least(self, 0, "entropy_weight", "value_weight")
+        _fraction(self, "gamma", "rmsprop_alpha")
+        if any(width < 1 for width in self.hidden):
+            raise ConfigError("hidden", self.hidden, "widths of at least 1")
+
+
+@dataclass(frozen=True)
+class ExchangeConfig:
+    """How ranks share what they learn."""
+
+    exchange: Literal["gossip", "allreduce", "none"] = "gossip"
+    """gossip: average whole policies with neighbours, never waiting; allreduce: average gradients over all
+    ranks at every update (synchronous A2C); none: independent agents."""
+    topology: str = "ring"
+    """Who sends to whom under gossip: ring, complete or hypercube."""
+    max_staleness: int | None = None
+    """Updates without a mix after which a rank waits for its neighbours; 0 waits at every update, None never."""
+    neighbour_timeout_s: float = 60.0
+    """Seconds without a message after which a neighbour counts as lost, and the longest that any rank waits
+    for another."""
+    wire: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the parameters on the way to a neighbour."""
+    delivery: Literal["auto", "inline"] = "auto"
+    """inline: Put straight from the parameters. auto picks the way for each neighbour; inline is the only one
+    so far."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "max_staleness")
+        _above_zero(self, "neighbour_timeout_s")
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What a run leaves behind: one HDF5 file per rank."""
+
+    out: Path | None = None
+    """Folder of the run; must not hold a run yet. By default a new folder under runs/."""
+    record_every: int = 10
+    """Updates between two rows of the tables updates and neighbours."""
+    flush_every_s: float = 5.0
+    """Seconds between two writes to the file: the most that a killed run loses."""
+    sketch_every_s: float = 10.0
+    """Seconds between two sketches of the parameters."""
+    sketch_dimension: int = 1024
+    """Length of a sketch, a power of two; the relative error of a squared distance is sqrt(2 / dimension)."""
+    progress_every_s: float = 10.0
+    """Seconds between two lines of progress where the output is not a terminal."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "record_every")
+        _above_zero(self, "flush_every_s", "sketch_every_s", "progress_every_s")
+        if self.sketch_dimension < 2 or self.sketch_dimension & (self.sketch_dimension - 1):
+            raise ConfigError("sketch_dimension", self.sketch_dimension, "a power of two of at least 2")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Budget, seed and device."""
+
+    preset: str = "gala-atari"
+    """Settings to start from: gala-atari, cartpole, or the path of a TOML file of your own."""
+    total_steps: int = 10_000_000
+    """Agent steps of all ranks together (an Atari agent step is frame-skip frames)."""
+    budget: Literal["shared", "per-rank"] = "shared"
+    """shared: every rank ends when all together have taken total-steps; per-rank: each takes its equal share."""
+    time_limit_s: float | None = None
+    """Seconds of training after which the run ends even if steps are left."""
+    seed: int = 1
+    """Seed of the run; with the rank it fixes every random stream."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy lives. auto: a GPU of this node if there is one."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "total_steps")
+        _above_zero(self, "time_limit_s")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed", self.seed, "an integer from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that fixes a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """The sections as plain JSON values."""
+        plain = dataclasses.asdict(self)
+        plain["record"]["out"] = None if self.record.out is None else str(self.record.out)
+        return plain
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    folder = resources.files("gala_mpi") / "presets"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_preset(preset: str) -> TrainConfig:
+    """The configuration that a preset's name, or the path of a TOML file, stands for."""
+    if preset in preset_names():
+        text = (resources.files("gala_mpi") / "presets" / f"{preset}.toml").read_text("utf-8")
+    elif preset.endswith(".toml") and Path(preset).is_file():
+        text = Path(preset).read_text("utf-8")
+    else:
+        raise ConfigError("preset", preset, f"one of {', '.join(preset_names())}, or the path of a .toml file")
+    try:
+        sections = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("preset", preset, f"a valid TOML file ({error})") from error
+    config = TrainConfig(run=RunConfig(preset=preset))
+    changed = {name: _section(preset, config, name, values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def _section(preset: str, config: TrainConfig, name: str, values: object) -> Any:
+    """The section of `config` with the preset's `values`, each checked for its name and type."""
+    section = getattr(config, name, None)
+    if not dataclasses.is_dataclass(section) or not isinstance(values, dict):
+        raise ConfigError(
+            "preset", preset, f"sections named run, environment, learner, exchange or record, not [{name}]"
+        )
+    hints = get_type_hints(type(section))
+    converted = {}
+    for key, value in values.items():
+        if key not in hints or key == "preset":
+            raise ConfigError("preset", preset, f"only known settings; [{name}] has no {key}")
+        converted[key] = _convert(preset, f"{name}.{key}", value, hints[key])
+    return dataclasses.replace(section, **converted)  # type: ignore[type-var]
+
+
+def _convert(preset: str, key: str, value: object, hint: Any) -> object:
+    """A TOML value as the type that the field's annotation asks for."""
+    options = get_args(hint)
+    if getattr(hint, "__origin__", None) is Literal:
+        if value in options:
+            return value
+        raise ConfigError("preset", preset, f"{key} to be one of {', '.join(map(str, options))}, not {value!r}")
+    if getattr(hint, "__origin__", None) is tuple and isinstance(value, list) and all(type(i) is int for i in value):
+        return tuple(value)
+    kinds = [option for option in options if isinstance(option, type)] or [hint]
+    for kind in kinds:
+        if type(value) is kind:
+            return value
+        if kind is float and type(value) is int:
+            return float(value)
+        if kind is Path and isinstance(value, str):
+            return Path(value)
+    raise ConfigError("preset", preset, f"{key} to be of type {getattr(hint, '__name__', hint)}, not {value!r}")

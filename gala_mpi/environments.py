@@ -1,0 +1,221 @@
+"""Simulators: one interface over ALE's vector environment and Gymnasium's, right at the edges of episodes.
+
+What differs between environments is settled here, once: the autoreset mode, lost lives, clipped rewards,
+and statistics of whole games. The learner sees rows that are valid or not, terminated or truncated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from gala_mpi.config import ConfigError, EnvironmentConfig
+
+Bools = npt.NDArray[np.bool_]
+FIRE = 1
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finished game: its simulator, the sum of its unclipped rewards, and its length in agent steps."""
+
+    env_index: int
+    episode_return: float
+    length: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of N simulators gave; arrays are (N,) but for the observations (N, ...).
+
+    `valid` is False where the policy's action was not taken: such a row belongs in no loss. A row is never
+    both terminated and truncated. `final_observations` holds, for the truncated rows in order, the
+    observation to bootstrap from.
+    """
+
+    observations: npt.NDArray[Any]
+    rewards: npt.NDArray[np.float32]
+    terminated: Bools
+    truncated: Bools
+    valid: Bools
+    final_observations: npt.NDArray[Any] | None
+    episodes: list[Episode] = field(default_factory=list)
+
+
+class Simulators:
+    """N simulators that step together.
+
+    `episodic_life` ends the learner's return at each lost life, while the game goes on and its statistics
+    with it. `fire_after_life` presses FIRE after a lost life, as some games wait for it.
+    """
+
+    def __init__(
+        self,
+        vector_env: VectorEnv[Any, Any, Any],
+        *,
+        clip_rewards: bool = False,
+        episodic_life: bool = False,
+        fire_after_life: bool = False,
+    ) -> None:
+        self.env = vector_env
+        self.count = vector_env.num_envs
+        self.observation_shape: tuple[int, ...] = vector_env.single_observation_space.shape or ()
+        assert isinstance(vector_env.single_action_space, gymnasium.spaces.Discrete)
+        self.actions = int(vector_env.single_action_space.n)
+        mode = vector_env.metadata["autoreset_mode"]
+        if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+            raise ValueError(f"autoreset mode {mode} is not handled; expected NEXT_STEP or SAME_STEP")
+        self._resets_next_step = mode == AutoresetMode.NEXT_STEP
+        self._clip_rewards, self._episodic_life = clip_rewards, episodic_life
+        self._fire_after_life = fire_after_life
+        self._returns = np.zeros(self.count)
+        self._lengths = np.zeros(self.count, np.int64)
+        self._lives = np.zeros(self.count, np.int64)
+        self._resetting = np.zeros(self.count, np.bool_)
+        self._fire_next = np.zeros(self.count, np.bool_)
+
+    def reset(self, seed: int) -> npt.NDArray[Any]:
+        """Start a game in every simulator; returns the observations (N, ...)."""
+        observations, info = self.env.reset(seed=seed)
+        self._returns[:], self._lengths[:] = 0, 0
+        self._resetting[:], self._fire_next[:] = False, False
+        self._lives = np.array(info.get("lives", self._lives))
+        return np.asarray(observations)
+
+    def step(self, actions: npt.NDArray[np.int64]) -> Step:
+        """Take `actions` (N,) in the simulators."""
+        valid = ~(self._resetting | self._fire_next)
+        if self._fire_after_life:
+            actions = np.where(self._fire_next, FIRE, actions)
+        observations, rewards, terminated, truncated, info = self.env.step(actions)
+        # A row that only resets belongs to no game: neither its reward nor its flags count.
+        playing = ~self._resetting
+        terminated, truncated = terminated & playing, truncated & ~terminated & playing
+        over = terminated | truncated
+        self._returns += np.where(playing, rewards, 0)
+        self._lengths += playing
+        episodes = self._finish(over)
+        lost_life = self._lost_lives(info, over)
+        final = None
+        if truncated.any():
+            source = observations if self._resets_next_step else info["final_obs"]
+            final = np.stack([source[row] for row in np.flatnonzero(truncated)])
+        self._resetting = over & self._resets_next_step
+        self._fire_next = lost_life & self._fire_after_life
+        return Step(
+            observations=observations,
+            rewards=(np.sign(rewards) if self._clip_rewards else rewards).astype(np.float32),
+            terminated=terminated | (lost_life & ~over),
+            truncated=truncated,
+            valid=valid,
+            final_observations=final,
+            episodes=episodes,
+        )
+
+    def _finish(self, over: Bools) -> list[Episode]:
+        """The games that ended on this step; their simulators begin new ones."""
+        episodes = [Episode(int(i), float(self._returns[i]), int(self._lengths[i])) for i in np.flatnonzero(over)]
+        self._returns[over], self._lengths[over] = 0, 0
+        return episodes
+
+    def _lost_lives(self, info: dict[str, Any], over: Bools) -> Bools:
+        """Rows that lost a life and play on."""
+        if not self._episodic_life or "lives" not in info:
+            return np.zeros(self.count, np.bool_)
+        lost = (info["lives"] < self._lives) & ~over & ~self._resetting
+        self._lives = np.array(info["lives"])
+        return np.asarray(lost, np.bool_)
+
+    def close(self) -> None:
+        """Free the simulators."""
+        self.env.close()
+
+
+def is_atari(env: str) -> bool:
+    """Whether a Gymnasium id is a game of the Arcade Learning Environment."""
+    return env.startswith("ALE/")
+
+
+def check_environment(env: str) -> None:
+    """Raise ConfigError if the Gymnasium id is not known. Makes no environment."""
+    if is_atari(env):
+        _atari_game(env)
+        return
+    try:
+        gymnasium.spec(env)
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        raise ConfigError(
+            "env", env, f"a Gymnasium id such as ALE/Pong-v5 or CartPole-v1 ({_first_line(error)})"
+        ) from error
+
+
+def make_simulators(config: EnvironmentConfig, threads: int) -> Simulators:
+    """The simulators of one rank.
+
+    Raises ConfigError if the id is not known, or has spaces that the learner cannot serve.
+    """
+    if is_atari(config.env):
+        return _atari_simulators(config, threads)
+    check_environment(config.env)
+    try:
+        # Synchronous: MPI forbids forking after its start, and processes of flat tasks cost more than they give.
+        vector_env = gymnasium.make_vec(
+            config.env,
+            num_envs=config.simulators,
+            vectorization_mode="sync",
+            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+        )
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        raise ConfigError("env", config.env, f"an environment that can be made ({_first_line(error)})") from error
+    observations, actions = vector_env.single_observation_space, vector_env.single_action_space
+    if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
+        raise ConfigError("env", config.env, f"a task with Discrete actions from 0, not {actions}")
+    if not isinstance(observations, gymnasium.spaces.Box) or len(observations.shape) != 1:
+        raise ConfigError("env", config.env, f"a task with flat Box observations, not {observations}")
+    return Simulators(vector_env)
+
+
+def _atari_simulators(config: EnvironmentConfig, threads: int) -> Simulators:
+    from ale_py.vector_env import AtariVectorEnv
+
+    vector_env = AtariVectorEnv(
+        _atari_game(config.env),
+        config.simulators,
+        num_threads=min(threads, config.simulators),
+        max_num_frames_per_episode=config.max_frames,
+        repeat_action_probability=config.sticky_actions,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        frameskip=config.frame_skip,
+        noop_max=config.noop_max,
+        # ALE's own episodic life restarts the whole game at each lost life, and its clipping hides the score.
+        episodic_life=False,
+        reward_clipping=False,
+        use_fire_reset=True,
+    )
+    fires = any(action.name == "FIRE" for action in vector_env.ale.get_action_set()[FIRE : FIRE + 1])
+    return Simulators(
+        vector_env,
+        clip_rewards=config.clip_rewards,
+        episodic_life=config.episodic_life,
+        fire_after_life=config.episodic_life and fires,
+    )
+
+
+def _atari_game(env: str) -> str:
+    """The ROM's name for an id such as ALE/MsPacman-v5."""
+    import ale_py
+
+    gymnasium.register_envs(ale_py)
+    spec = gymnasium.registry.get(env)
+    if spec is None or spec.kwargs.get("obs_type") == "ram":
+        raise ConfigError("env", env, "a known game such as ALE/Pong-v5 or ALE/SpaceInvaders-v5")
+    return str(spec.kwargs["game"])
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,114 @@
+"""How ranks share what they learn: gossip, all-reduce or not at all, behind one interface."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+from mpi4py import MPI
+
+from gala_mpi.config import ExchangeConfig
+from gala_mpi.gossip import ExchangeCounters, Gossip, InNeighbour, share_parameters
+from gala_mpi.parameters import FlatParameters
+from gala_mpi.topology import make_topology
+from gala_mpi.waiting import wait_until
+
+
+class Exchange(Protocol):
+    """One rank's part in the exchange. `synchronous` ones advance all ranks update by update."""
+
+    synchronous: bool
+    counters: ExchangeCounters
+    in_neighbours: list[InNeighbour]
+
+    def average_gradient(self, grad: torch.Tensor) -> None:
+        """Act on the flat gradient (n,) before the learner uses it."""
+
+    def step(self, update: int, agent_steps: int) -> None:
+        """Act on the parameters after the learner's update."""
+
+    def agree(self, stop: bool) -> bool:
+        """Whether this rank ends now, given that it wants to."""
+
+    def finish(self, update: int, agent_steps: int) -> None:
+        """Say that this rank's last update is done."""
+
+    def free(self) -> None:
+        """Release what is held. Collective."""
+
+
+class NoExchange:
+    """Independent agents, from the same initial parameters."""
+
+    synchronous = False
+
+    def __init__(self, flat: FlatParameters, comm: MPI.Intracomm) -> None:
+        self.counters = ExchangeCounters()
+        self.in_neighbours: list[InNeighbour] = []
+        share_parameters(flat, comm)
+
+    def average_gradient(self, grad: torch.Tensor) -> None:
+        """Gradients stay as they are."""
+
+    def step(self, update: int, agent_steps: int) -> None:
+        """Parameters stay as they are."""
+
+    def agree(self, stop: bool) -> bool:
+        """Each rank decides for itself."""
+        return stop
+
+    def finish(self, update: int, agent_steps: int) -> None:
+        """Nobody listens."""
+
+    def free(self) -> None:
+        """Nothing is held."""
+
+
+class AllReduce(NoExchange):
+    """Synchronous A2C: the gradients of all ranks are averaged at every update. Its calls are collective."""
+
+    synchronous = True
+
+    def __init__(self, flat: FlatParameters, comm: MPI.Intracomm, timeout_s: float) -> None:
+        super().__init__(flat, comm)
+        self._comm, self._timeout_s = comm, timeout_s
+        self._host = None if flat.grad.device.type == "cpu" else torch.empty(flat.size, pin_memory=True)
+
+    def average_gradient(self, grad: torch.Tensor) -> None:
+        """Replace `grad` by its mean over all ranks."""
+        with self.counters.timed():
+            host = grad if self._host is None else self._host.copy_(grad)
+            begin = time.perf_counter()
+            self._complete(self._comm.Iallreduce(MPI.IN_PLACE, host.numpy()))
+            self.counters.wait_s += time.perf_counter() - begin
+            grad.copy_(host.div_(self._comm.size))
+
+    def agree(self, stop: bool) -> bool:
+        """All ranks end together, as soon as one wants to."""
+        with self.counters.timed():
+            wanted = torch.tensor([int(stop)])
+            self._complete(self._comm.Iallreduce(MPI.IN_PLACE, wanted.numpy(), MPI.MAX))
+        return bool(wanted[0])
+
+    def _complete(self, request: MPI.Request) -> None:
+        if not wait_until(request.Test, self._timeout_s):
+            raise TimeoutError(
+                f"all-reduce: some rank did not come within {self._timeout_s:g} s (--neighbour-timeout-s)"
+            )
+
+
+def make_exchange(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intracomm) -> Exchange:
+    """The exchange that the configuration asks for. Collective."""
+    if config.exchange == "allreduce":
+        return AllReduce(flat, comm, config.neighbour_timeout_s)
+    if config.exchange == "none":
+        return NoExchange(flat, comm)
+    return Gossip(
+        flat,
+        comm,
+        make_topology(config.topology, comm.size),
+        wire=config.wire,
+        max_staleness=config.max_staleness,
+        neighbour_timeout_s=config.neighbour_timeout_s,
+    )

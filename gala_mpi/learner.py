@@ -1,0 +1,87 @@
+"""The learner: one advantage actor-critic step on a rollout (Mnih et al. 2016, synchronous form)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gala_mpi.config import LearnerConfig
+from gala_mpi.parameters import FlatParameters
+from gala_mpi.rollout import Rollout, n_step_returns
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Terms of the loss and what goes with them, each a scalar tensor."""
+
+    policy_loss: torch.Tensor
+    value_loss: torch.Tensor
+    entropy: torch.Tensor
+    grad_norm: torch.Tensor
+    explained_variance: torch.Tensor
+    update_norm: torch.Tensor
+
+
+def actor_critic_loss(
+    rollout: Rollout, config: LearnerConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Total loss, its three terms (policy, squared value error, entropy) and the returns, over valid rows."""
+    returns = n_step_returns(rollout, config.gamma)
+    weight = rollout.valid / rollout.valid.sum().clamp(min=1)
+    errors = returns - rollout.values
+    policy_loss = -(weight * errors.detach() * rollout.log_probs).sum()
+    value_loss = (weight * errors.square()).sum()
+    entropy = (weight * rollout.entropies).sum()
+    total = policy_loss + config.value_weight * value_loss - config.entropy_weight * entropy
+    return total, policy_loss, value_loss, entropy, returns
+
+
+class Learner:
+    """RMSprop on the flat parameters, with the norm of the gradient bounded.
+
+    `average_gradient`, if given, is called on the flat gradient (n,) between its computation and its use:
+    the place of a synchronous all-reduce.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParameters,
+        config: LearnerConfig,
+        learning_rate: float,
+        average_gradient: Callable[[torch.Tensor], None] | None = None,
+    ) -> None:
+        self._flat, self._config, self._learning_rate = flat, config, learning_rate
+        self._average_gradient = average_gradient
+        self._optimizer = torch.optim.RMSprop(
+            [flat.parameter], lr=learning_rate, alpha=config.rmsprop_alpha, eps=config.rmsprop_epsilon
+        )
+
+    def update(self, rollout: Rollout, progress: float, *, measure: bool) -> Losses:
+        """One step on `rollout`; `progress` in [0, 1] is how much of the budget is spent.
+
+        Only with `measure` is the norm of the parameters' change computed: it costs a copy of them.
+        """
+        flat, config = self._flat, self._config
+        flat.grad.zero_()
+        total, policy_loss, value_loss, entropy, returns = actor_critic_loss(rollout, config)
+        total.backward()  # type: ignore[no-untyped-call]
+        if self._average_gradient is not None:
+            self._average_gradient(flat.grad)
+        grad_norm = torch.linalg.vector_norm(flat.grad)
+        flat.grad.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
+        if config.learning_rate_decay == "linear":
+            self._optimizer.param_groups[0]["lr"] = self._learning_rate * max(1 - progress, 0)
+        before = flat.data.clone() if measure else flat.data
+        self._optimizer.step()
+        with torch.no_grad():
+            variance = returns.var()
+            return Losses(
+                policy_loss=policy_loss.detach(),
+                value_loss=value_loss.detach(),
+                entropy=entropy.detach(),
+                grad_norm=grad_norm,
+                explained_variance=1 - (returns - rollout.values).var() / variance.clamp(min=1e-12),
+                update_norm=torch.linalg.vector_norm(flat.data - before) if measure else returns.new_zeros(()),
+            )

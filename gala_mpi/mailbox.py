@@ -1,0 +1,151 @@
+"""Mailboxes: wait-free delivery of the newest message from one sender to one receiver.
+
+A mailbox lies in the receiver's window: one control word on a cache line of its own, and three slots. At all
+times `back` (known to the sender), `middle` (in the control word) and `front` (known to the receiver) are a
+permutation of 0, 1, 2, so no slot is ever written and read at once, and neither side waits for the other.
+
+    control word = index of the middle slot (bits 0-1) | FRESH (bit 2)
+
+    word         written by                              read by
+    slot back    the sender: Put, done at its Flush      nobody
+    slot front   nobody                                  the receiver, by plain loads
+    control      sender and receiver: Fetch_and_op       the same two
+
+The sender's Flush orders its Put before the swap that publishes it; the receiver's swap, flushed, and
+Win_sync order that publication before its loads, and its loads before the swap that gives the slot away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gala_mpi.window import PAGE_BYTES, Bytes, Window
+
+SLOTS = 3
+FRESH = 4
+CACHE_LINE_BYTES = 64
+
+HEADER = np.dtype(
+    [
+        ("update", "<i8"),
+        ("time_s", "<f8"),
+        ("agent_steps", "<i8"),
+        ("sender", "<i4"),
+        ("wire", "<i4"),
+        ("nbytes", "<i8"),
+        ("last", "<i8"),
+        ("unused", "V16"),
+    ]
+)
+assert HEADER.itemsize == CACHE_LINE_BYTES
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mailbox lies in its window, in bytes; a slot's header ends where its page-aligned payload begins."""
+
+    control: int
+    slots: tuple[int, int, int]
+    capacity: int
+
+
+def lay_out(capacities: Sequence[int]) -> tuple[list[Place], int]:
+    """Places of mailboxes with the given payload capacities, and the bytes that they need in all."""
+    offset = _whole_pages(CACHE_LINE_BYTES * len(capacities))
+    places = []
+    for index, capacity in enumerate(capacities):
+        stride = PAGE_BYTES + _whole_pages(capacity)
+        first, second, third = (offset + slot * stride + PAGE_BYTES for slot in range(SLOTS))
+        places.append(Place(CACHE_LINE_BYTES * index, (first, second, third), capacity))
+        offset += SLOTS * stride
+    return places, offset
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+@dataclass(frozen=True)
+class Message:
+    """What an inbox gives: the header's fields, and a view of the payload, valid until the next `take`."""
+
+    sender: int
+    update: int
+    time_s: float
+    agent_steps: int
+    wire: int
+    last: bool
+    payload: Bytes
+
+
+class Outbox:
+    """The sending end of a mailbox in the window of rank `target`. All calls are local."""
+
+    def __init__(self, window: Window, target: int, place: Place) -> None:
+        self._window, self.target, self._place = window, target, place
+        self._back = 0
+        self._header = np.zeros(1, HEADER)
+
+    def post(
+        self,
+        payload: npt.NDArray[Any],
+        *,
+        update: int,
+        time_s: float,
+        agent_steps: int,
+        wire: int = 0,
+        last: bool = False,
+    ) -> None:
+        """Publish `payload` (contiguous, at most the capacity) in place of whatever was not taken yet.
+
+        `last` tells the receiver that no further message will come.
+        """
+        if payload.nbytes > self._place.capacity:
+            raise ValueError(f"payload of {payload.nbytes} bytes exceeds the capacity of {self._place.capacity}")
+        self._header[0] = (update, time_s, agent_steps, self._window.rank, wire, payload.nbytes, last, b"")
+        slot = self._place.slots[self._back]
+        self._window.put(self._header, self.target, slot - HEADER.itemsize)
+        self._window.put(payload, self.target, slot)
+        self._window.flush(self.target)
+        self._back = self._window.swap(self.target, self._place.control, self._back | FRESH) & 3
+
+
+class Inbox:
+    """The receiving end of a mailbox in this rank's own window. All calls are local.
+
+    Making it sets the control word, so a barrier must lie between that and the sender's first post.
+    """
+
+    def __init__(self, window: Window, place: Place) -> None:
+        self._window, self._place = window, place
+        self._front = 2
+        window.swap(window.rank, place.control, 1)
+
+    def fresh(self) -> bool:
+        """Whether a message waits that was not taken yet."""
+        return bool(self._window.load(self._window.rank, self._place.control) & FRESH)
+
+    def take(self) -> Message | None:
+        """The newest message, or None if none came since the last `take`."""
+        if not self.fresh():
+            return None
+        # The loads from the old front slot must be over before the sender may own it.
+        self._window.sync()
+        self._front = self._window.swap(self._window.rank, self._place.control, self._front) & 3
+        self._window.sync()
+        slot = self._place.slots[self._front]
+        header = self._window.memory(slot - HEADER.itemsize, HEADER.itemsize).view(HEADER)[0]
+        return Message(
+            sender=int(header["sender"]),
+            update=int(header["update"]),
+            time_s=float(header["time_s"]),
+            agent_steps=int(header["agent_steps"]),
+            wire=int(header["wire"]),
+            last=bool(header["last"]),
+            payload=self._window.memory(slot, int(header["nbytes"])),
+        )

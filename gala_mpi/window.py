@@ -1,0 +1,123 @@
+"""A block of memory on every rank that the others reach by one-sided MPI, without its owner's help.
+
+One `MPI.Win.Allocate`, one `Lock_all(MODE_NOCHECK)` for the window's whole life, no other lock ever (MPI-4.1,
+sections 12.5 and 12.7). Control words are touched only through MPI's own atomics, by their owner too: MPI
+atomics are atomic against each other, never against a load or store of the processor.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from mpi4py import MPI
+
+PAGE_BYTES = 4096
+WORD_BYTES = 8
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Window:
+    """`nbytes` of page-aligned memory on this rank (ranks may differ), zeroed, open to every rank of `comm`.
+
+    Making and freeing it are collective; all else is local. Offsets and sizes are in bytes, from the first
+    page of the target's memory.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, nbytes: int) -> None:
+        info = MPI.Info.Create()
+        info.Set("same_disp_unit", "true")
+        info.Set("mpi_minimum_memory_alignment", str(PAGE_BYTES))
+        # One page more than asked for: the alignment above is a hint that a library may ignore.
+        self._win = MPI.Win.Allocate(nbytes + PAGE_BYTES, 1, info, comm)
+        info.Free()
+        if self._win.Get_attr(MPI.WIN_MODEL) != MPI.WIN_UNIFIED:
+            self._win.Free()
+            raise RuntimeError(
+                "this MPI library offers no unified memory model for windows (MPI_WIN_MODEL is not "
+                "MPI_WIN_UNIFIED), which gossip needs; use --exchange allreduce, or another MPI or transport"
+            )
+        whole: Bytes = np.asarray(self._win.tomemory(), dtype=np.uint8)
+        shift = -whole.ctypes.data % PAGE_BYTES
+        # Pages may start at another place on every rank: an origin counts from the target's own shift.
+        self._shifts: list[int] = comm.allgather(shift)
+        self._memory: Bytes | None = whole[shift : shift + nbytes]
+        self._word = np.zeros(1, np.int64)
+        self._result = np.zeros(1, np.int64)
+        self.rank = comm.rank
+        self._memory[:] = 0
+        self._win.Lock_all(MPI.MODE_NOCHECK)
+        # Win_sync orders the stores above before other ranks' accesses; legal only inside the epoch.
+        self._win.Sync()
+        comm.Barrier()
+
+    def memory(self, offset: int, nbytes: int) -> Bytes:
+        """A view of this rank's own memory."""
+        if self._memory is None:
+            raise RuntimeError("the window is freed")
+        return self._memory[offset : offset + nbytes]
+
+    def put(self, data: npt.NDArray[Any], target: int, offset: int) -> None:
+        """Start to write `data` (contiguous) into the target's memory; done after `flush`."""
+        place = [self._shifts[target] + offset, data.nbytes, MPI.BYTE]
+        self._win.Put([data, data.nbytes, MPI.BYTE], target, place)
+
+    def flush(self, target: int) -> None:
+        """Return when all that this rank started towards `target` is done there."""
+        self._win.Flush(target)
+
+    def swap(self, target: int, offset: int, value: int) -> int:
+        """Atomically write a control word, and return what was there before."""
+        self._word[0] = value
+        return self._fetch_and_op(target, offset, MPI.REPLACE)
+
+    def load(self, target: int, offset: int) -> int:
+        """Atomically read a control word."""
+        return self._fetch_and_op(target, offset, MPI.NO_OP)
+
+    def _fetch_and_op(self, target: int, offset: int, op: MPI.Op) -> int:
+        self._win.Fetch_and_op(
+            [self._word, 1, MPI.INT64_T], [self._result, 1, MPI.INT64_T], target, self._shifts[target] + offset, op
+        )
+        self._win.Flush(target)
+        return int(self._result[0])
+
+    def start_add(
+        self, values: npt.NDArray[np.int64], before: npt.NDArray[np.int64], target: int, offset: int
+    ) -> MPI.Request:
+        """Start to add `values` to the target's words, each atomically; `before` gets what was there.
+
+        Both arrays must be left alone until the request is complete.
+        """
+        count = len(values)
+        return self._win.Rget_accumulate(
+            [values, count, MPI.INT64_T],
+            [before, count, MPI.INT64_T],
+            target,
+            [self._shifts[target] + offset, count, MPI.INT64_T],
+            MPI.SUM,
+        )
+
+    def sync(self) -> None:
+        """Order this rank's loads and stores of its own memory against the one-sided accesses around them."""
+        self._win.Sync()
+
+    def free(self) -> None:
+        """End the access epoch and free the memory. Collective; views of the memory must be gone."""
+        if self._memory is not None:
+            self._memory = None
+            self._win.Unlock_all()
+            self._win.Free()
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error the other ranks may never come to the collective free: leave it to the abort.
+        if error is None:
+            self.free()
