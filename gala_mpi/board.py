@@ -12,14 +12,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from mpi4py import MPI
 
 from gala_mpi.environments import Episode
 from gala_mpi.mailbox import Inbox, Outbox, lay_out
 from gala_mpi.waiting import wait_until
 from gala_mpi.window import WORD_BYTES, Window
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm, Request
 
 RECENT_EPISODES = 100
 COUNTER_RANK = 0
@@ -49,7 +52,7 @@ class Overview:
 class Board:
     """Making it, `finish` and `free` are collective; all else is local and never waits for another rank's update."""
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: Intracomm) -> None:
         self._comm = comm
         statuses = comm.size if comm.rank == COUNTER_RANK else 0
         places, nbytes = lay_out([STATUS.itemsize] * comm.size)
@@ -63,7 +66,7 @@ class Board:
         self._pending = np.zeros(2, np.int64)
         self._adding = np.zeros(2, np.int64)
         self._before = np.zeros(2, np.int64)
-        self._request: MPI.Request | None = None
+        self._request: Request | None = None
         self._asked_to_stop = False
         self.total_steps = 0
         self.stop_requested = False

@@ -47,7 +47,7 @@ def main() -> NoReturn:
     # The default command may be left out; others stand first.
     command, rest = (args[0], args[1:]) if args and args[0] in COMMANDS else ("train", args)
     if "--help" in rest or "-h" in rest:
-        sys.exit(_print_once(_help(rest)))
+        sys.exit(_print_once(help_text(rest)))
     sys.exit(COMMANDS[command](rest))
 
 
@@ -144,7 +144,8 @@ def _one_line(box: str) -> str:
     return " ".join(line for line in body if line) + " (see gala-mpi train --help)"
 
 
-def _help(args: list[str]) -> str:
+def help_text(args: list[str]) -> str:
+    """What `gala-mpi train --help` prints, with the defaults of the preset that `args` name."""
     preset = args[args.index("--preset") + 1] if "--preset" in args[:-1] else RunConfig.preset
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
@@ -188,13 +189,13 @@ def _make_folder(config: TrainConfig) -> Path:
         out = Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(_toml(config), "utf-8")
+        (out / "config.toml").write_text(as_toml(config), "utf-8")
     except OSError as error:
         raise ConfigError("out", str(out), f"a folder that can be written ({error.strerror})") from error
     return out.resolve()
 
 
-def _toml(config: TrainConfig) -> str:
+def as_toml(config: TrainConfig) -> str:
     """The effective configuration as a preset of its own; what belongs to this run alone is left out."""
     lines = ["# The effective configuration of this run; `--preset` reads it."]
     for section, values in config.as_dict().items():

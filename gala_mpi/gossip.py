@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from mpi4py import MPI
 
 from gala_mpi import _native
 from gala_mpi.mailbox import Inbox, Message, Outbox, lay_out
@@ -23,6 +23,9 @@ from gala_mpi.parameters import FlatParameters
 from gala_mpi.topology import Topology
 from gala_mpi.waiting import wait_until
 from gala_mpi.window import Window
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
 
 WIRES = ("float32", "bfloat16", "float16")
 log = logging.getLogger(__name__)
@@ -82,7 +85,7 @@ class Gossip:
     def __init__(
         self,
         flat: FlatParameters,
-        comm: MPI.Intracomm,
+        comm: Intracomm,
         topology: Topology,
         *,
         wire: str = "float32",
@@ -224,7 +227,7 @@ class Gossip:
             )
 
 
-def share_parameters(flat: FlatParameters, comm: MPI.Intracomm) -> None:
+def share_parameters(flat: FlatParameters, comm: Intracomm) -> None:
     """Give every rank the parameters of rank 0. Collective."""
     comm.Bcast(flat.host(), root=0)
     flat.store_host()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from datetime import timedelta
@@ -21,7 +22,7 @@ class Monitor:
 
     def __init__(self, total_steps: int, every_s: float, time_limit_s: float | None) -> None:
         self._console = Console(file=sys.stdout, highlight=False)
-        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
+        self._live = Live(console=self._console, auto_refresh=False) if _on_a_screen() else None
         self._every_s = LIVE_EVERY_S if self._live else every_s
         self._total_steps, self._time_limit_s = total_steps, time_limit_s
         self._begin_s = time.monotonic()
@@ -43,7 +44,7 @@ class Monitor:
             del self._history[0]
         line = self.line(overview, now)
         if self._live:
-            self._live.update(Text(line), refresh=True)
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
             print(line, flush=True)
 
@@ -71,6 +72,11 @@ class Monitor:
         """Leave the terminal as it was."""
         if self._live:
             self._live.stop()
+
+
+def _on_a_screen() -> bool:
+    """Whether the output is a terminal that someone sees: launchers hand out pseudo-terminals without a size."""
+    return sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
 
 
 def returns_line(overview: Overview) -> str:

