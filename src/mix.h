@@ -1,0 +1,34 @@
+/* Kernels over flat float32 parameters. They know nothing of Python and allocate nothing.
+ *
+ * Buffers of a wire type are bytes at any address; float32 state is aligned as C wants it. No output overlaps
+ * an input. The order of every sum is fixed, so results are the same on every instruction set.
+ */
+#ifndef GALA_MPI_MIX_H
+#define GALA_MPI_MIX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum wire { WIRE_FLOAT32, WIRE_BFLOAT16, WIRE_FLOAT16, WIRE_COUNT };
+
+extern const size_t wire_itemsize[WIRE_COUNT];
+
+/* out[i] = values[i] in the wire type, rounded to nearest even. `values` may lie at any address. */
+void pack(enum wire wire, size_t count, const void *restrict values, unsigned char *restrict out);
+
+/* Whether every value is finite. */
+int all_finite(enum wire wire, size_t count, const unsigned char *restrict message);
+
+/* state <- self_weight * state + sum over k of weights[k] * messages[k], in this order, over the messages with
+ * accepted[k]; squared[k] <- squared norm of state (before) - messages[k], or NaN if not accepted. */
+void mix(enum wire wire, size_t count, float *restrict state, float self_weight, size_t messages,
+         const unsigned char *const *restrict message, const float *restrict weights,
+         const int *restrict accepted, double *restrict squared);
+
+/* sketch[h(i)] <- sum of s(i) * state[i]; returns the squared norm of state. `buckets` is a power of two.
+ *
+ * With z = splitmix64's finaliser of seed + (i + 1) * 0x9E3779B97F4A7C15: h(i) = z mod buckets, and s(i) is -1
+ * where bit 63 of z is set, else +1 (count sketch: Charikar, Chen and Farach-Colton, 2002). */
+double sketch(size_t count, const float *restrict state, uint64_t seed, size_t buckets, double *restrict sums);
+
+#endif

@@ -1,0 +1,391 @@
+/* The Python binding of the kernels: checks every buffer, then runs the kernel without the interpreter's lock. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "mix.h"
+
+static const char *const wire_names[WIRE_COUNT] = {"float32", "bfloat16", "float16"};
+/* Formats, besides bytes, that a buffer of each wire type may have. */
+static const char *const wire_formats[WIRE_COUNT] = {"f", "H", "eH"};
+
+static int find_wire(const char *name, enum wire *wire)
+{
+    for (int i = 0; i < WIRE_COUNT; i++) {
+        if (strcmp(name, wire_names[i]) == 0) {
+            *wire = (enum wire)i;
+            return 0;
+        }
+    }
+    PyErr_Format(PyExc_ValueError, "wire: '%s' is unknown; expected float32, bfloat16 or float16", name);
+    return -1;
+}
+
+/* Take a contiguous buffer whose items have one of the one-letter `formats`. A standard-size or native prefix
+ * of the buffer's format is passed over. On failure nothing is held. */
+static int take(PyObject *object, const char *name, const char *formats, int writable, Py_buffer *view)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_STRIDES | PyBUF_FORMAT) < 0) {
+        PyErr_Format(PyExc_TypeError, "%s: expected an object with a buffer of format '%s'", name, formats);
+        return -1;
+    }
+    const char *format = view->format == NULL ? "B" : view->format;
+    if (strchr("@=<", format[0]) != NULL && format[0] != '\0')
+        format++;
+    if (strlen(format) != 1 || strchr(formats, format[0]) == NULL)
+        PyErr_Format(PyExc_TypeError, "%s: format '%s' is not accepted; expected one of '%s'", name,
+                     view->format == NULL ? "B" : view->format, formats);
+    else if (!PyBuffer_IsContiguous(view, 'C'))
+        PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous buffer", name);
+    else if (writable && view->readonly)
+        PyErr_Format(PyExc_ValueError, "%s: expected a writable buffer, got a read-only one", name);
+    else
+        return 0;
+    PyBuffer_Release(view);
+    return -1;
+}
+
+static int take_float32(PyObject *object, const char *name, int writable, Py_buffer *view)
+{
+    if (take(object, name, "f", writable, view) < 0)
+        return -1;
+    if ((uintptr_t)view->buf % sizeof(float) == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected float32 values at a multiple of 4 bytes", name);
+    PyBuffer_Release(view);
+    return -1;
+}
+
+/* Take a buffer of `count` items of the wire type, as bytes or in its own format. */
+static int take_wire(PyObject *object, const char *name, enum wire wire, size_t count, int writable, Py_buffer *view)
+{
+    char formats[8] = "B";
+    strcat(formats, wire_formats[wire]);
+    if (take(object, name, formats, writable, view) < 0)
+        return -1;
+    if ((size_t)view->len == count * wire_itemsize[wire])
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected %zu bytes (%zu values of %s), got %zd", name,
+                 count * wire_itemsize[wire], count, wire_names[wire], view->len);
+    PyBuffer_Release(view);
+    return -1;
+}
+
+static int overlap(const Py_buffer *a, const Py_buffer *b)
+{
+    uintptr_t a_begin = (uintptr_t)a->buf, b_begin = (uintptr_t)b->buf;
+    return a->len > 0 && b->len > 0 && a_begin < b_begin + (uintptr_t)b->len && b_begin < a_begin + (uintptr_t)a->len;
+}
+
+static int refuse_overlap(const char *written, const char *read, const Py_buffer *a, const Py_buffer *b)
+{
+    if (!overlap(a, b))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: overlaps %s; expected separate memory", written, read);
+    return -1;
+}
+
+static void release(Py_buffer *views, Py_ssize_t count)
+{
+    for (Py_ssize_t i = 0; i < count; i++)
+        PyBuffer_Release(&views[i]);
+    PyMem_Free(views);
+}
+
+/* The items of a sequence as float32 or wire buffers; *taken of them are held, also after a failure. */
+static Py_buffer *take_all(PyObject *items, Py_ssize_t *taken)
+{
+    Py_ssize_t size = PySequence_Size(items);
+    *taken = 0;
+    return size < 0 ? NULL : PyMem_Calloc((size_t)size + 1, sizeof(Py_buffer));
+}
+
+PyDoc_STRVAR(pack_doc,
+"pack(sources, out, wire='float32')\n--\n\n"
+"Gather float32 buffers, in order, into one buffer of the wire type.\n\n"
+"sources: sequence of C-contiguous float32 buffers of any shape. out: writable buffer of bytes, or of the wire\n"
+"type, that holds exactly as many values. Rounds to nearest even. Raises TypeError for a wrong type, ValueError\n"
+"for a wrong length, layout or overlap. Local.");
+
+static PyObject *py_pack(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"sources", "out", "wire", NULL};
+    PyObject *sources, *out_object, *list = NULL, *result = NULL;
+    const char *wire_name = "float32";
+    enum wire wire;
+    Py_buffer *views = NULL, out;
+    Py_ssize_t taken = 0;
+    size_t count = 0;
+    int have_out = 0;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|s", names, &sources, &out_object, &wire_name) ||
+        find_wire(wire_name, &wire) < 0)
+        return NULL;
+    list = PySequence_List(sources);
+    if (list == NULL || (views = take_all(list, &taken)) == NULL)
+        goto done;
+    for (; taken < PyList_Size(list); taken++) {
+        if (take_float32(PyList_GetItem(list, taken), "sources", 0, &views[taken]) < 0)
+            goto done;
+        count += (size_t)views[taken].len / sizeof(float);
+    }
+    if (take_wire(out_object, "out", wire, count, 1, &out) < 0)
+        goto done;
+    have_out = 1;
+    for (Py_ssize_t i = 0; i < taken; i++) {
+        if (refuse_overlap("out", "sources", &out, &views[i]) < 0)
+            goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    unsigned char *place = out.buf;
+    for (Py_ssize_t i = 0; i < taken; i++) {
+        size_t length = (size_t)views[i].len / sizeof(float);
+        pack(wire, length, views[i].buf, place);
+        place += length * wire_itemsize[wire];
+    }
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+done:
+    if (have_out)
+        PyBuffer_Release(&out);
+    if (views != NULL)
+        release(views, taken);
+    Py_XDECREF(list);
+    return result;
+}
+
+/* Operands of one mix, each an array of `count` entries in one block of memory. */
+struct operands {
+    Py_ssize_t count, taken;
+    Py_buffer *views;
+    const unsigned char **message;
+    double *squared;
+    float *weights;
+    int *accepted;
+};
+
+static int allocate(struct operands *ops, Py_ssize_t count)
+{
+    size_t n = (size_t)count + 1;
+    ops->count = count;
+    ops->views = PyMem_Calloc(n, sizeof *ops->views);
+    ops->message = PyMem_Calloc(n, sizeof *ops->message);
+    ops->squared = PyMem_Calloc(n, sizeof *ops->squared);
+    ops->weights = PyMem_Calloc(n, sizeof *ops->weights);
+    ops->accepted = PyMem_Calloc(n, sizeof *ops->accepted);
+    if (ops->views && ops->message && ops->squared && ops->weights && ops->accepted)
+        return 0;
+    PyErr_NoMemory();
+    return -1;
+}
+
+static void free_operands(struct operands *ops)
+{
+    if (ops->views != NULL)
+        release(ops->views, ops->taken);
+    PyMem_Free((void *)ops->message);
+    PyMem_Free(ops->squared);
+    PyMem_Free(ops->weights);
+    PyMem_Free(ops->accepted);
+}
+
+static int read_weight(PyObject *object, const char *name, float *weight)
+{
+    double value = PyFloat_AsDouble(object);
+    if (value == -1.0 && PyErr_Occurred())
+        return -1;
+    *weight = (float)value;
+    if (isfinite(*weight))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected finite numbers, got %R", name, object);
+    return -1;
+}
+
+static int read_operands(struct operands *ops, PyObject *messages, PyObject *weights, const Py_buffer *state,
+                         enum wire wire)
+{
+    size_t count = (size_t)state->len / sizeof(float);
+    if (PyList_Size(weights) != PyList_Size(messages)) {
+        PyErr_Format(PyExc_ValueError, "weights: expected one for each of the %zd messages, got %zd",
+                     PyList_Size(messages), PyList_Size(weights));
+        return -1;
+    }
+    if (allocate(ops, PyList_Size(messages)) < 0)
+        return -1;
+    for (Py_ssize_t k = 0; k < ops->count; k++) {
+        if (read_weight(PyList_GetItem(weights, k), "weights", &ops->weights[k]) < 0 ||
+            take_wire(PyList_GetItem(messages, k), "messages", wire, count, 0, &ops->views[k]) < 0)
+            return -1;
+        ops->taken++;
+        ops->message[k] = ops->views[k].buf;
+        if (refuse_overlap("state", "messages", state, &ops->views[k]) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* A pass that writes in place cannot refuse what it finds half way: look first, then mix. */
+static void check_and_mix(struct operands *ops, const Py_buffer *state, double self_weight, enum wire wire)
+{
+    size_t count = (size_t)state->len / sizeof(float);
+    for (Py_ssize_t k = 0; k < ops->count; k++) {
+        ops->accepted[k] = all_finite(wire, count, ops->message[k]);
+        if (!ops->accepted[k])
+            self_weight += (double)ops->weights[k];
+    }
+    mix(wire, count, state->buf, (float)self_weight, (size_t)ops->count, ops->message, ops->weights, ops->accepted,
+        ops->squared);
+}
+
+static PyObject *mix_result(const struct operands *ops)
+{
+    PyObject *squared = PyList_New(ops->count), *accepted = PyList_New(ops->count), *result = NULL;
+    for (Py_ssize_t k = 0; squared != NULL && accepted != NULL && k < ops->count; k++) {
+        PyObject *number = PyFloat_FromDouble(ops->squared[k]), *flag = PyBool_FromLong(ops->accepted[k]);
+        /* Both steal the reference; a missing number leaves an error set. */
+        PyList_SetItem(squared, k, number);
+        PyList_SetItem(accepted, k, flag);
+    }
+    if (squared != NULL && accepted != NULL && !PyErr_Occurred())
+        result = PyTuple_Pack(2, squared, accepted);
+    Py_XDECREF(squared);
+    Py_XDECREF(accepted);
+    return result;
+}
+
+PyDoc_STRVAR(mix_doc,
+"mix(state, self_weight, messages, weights, wire='float32')\n--\n\n"
+"state <- self_weight * state + sum of weights[k] * messages[k], in place.\n\n"
+"state: writable float32 buffer (n,). messages: buffers of n values of the wire type, as bytes at any address or\n"
+"in its own format. Returns (squared distances of state, before, to each message; whether each was accepted). A\n"
+"message with a value that is not finite is not accepted: its weight goes to state itself, its distance is NaN,\n"
+"and if none is accepted state is left as it was. Raises TypeError for a wrong type, ValueError for a wrong\n"
+"length, layout, overlap or weight. Local.");
+
+static PyObject *py_mix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"state", "self_weight", "messages", "weights", "wire", NULL};
+    PyObject *state_object, *self_object, *messages, *weights, *message_list = NULL, *weight_list = NULL;
+    PyObject *result = NULL;
+    const char *wire_name = "float32";
+    enum wire wire;
+    float self_weight;
+    Py_buffer state;
+    struct operands ops = {0};
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOO|s", names, &state_object, &self_object, &messages, &weights,
+                                     &wire_name) ||
+        find_wire(wire_name, &wire) < 0 || read_weight(self_object, "self_weight", &self_weight) < 0 ||
+        take_float32(state_object, "state", 1, &state) < 0)
+        return NULL;
+    message_list = PySequence_List(messages);
+    weight_list = message_list == NULL ? NULL : PySequence_List(weights);
+    if (weight_list == NULL || read_operands(&ops, message_list, weight_list, &state, wire) < 0)
+        goto done;
+    double own = PyFloat_AsDouble(self_object);
+    Py_BEGIN_ALLOW_THREADS
+    check_and_mix(&ops, &state, own, wire);
+    Py_END_ALLOW_THREADS
+    result = mix_result(&ops);
+done:
+    free_operands(&ops);
+    PyBuffer_Release(&state);
+    Py_XDECREF(message_list);
+    Py_XDECREF(weight_list);
+    return result;
+}
+
+PyDoc_STRVAR(sketch_doc,
+"sketch(state, out, seed)\n--\n\n"
+"Count sketch of a float32 buffer into `out`; returns the squared norm of the buffer itself.\n\n"
+"state: float32 buffer (n,). out: writable float32 buffer (d,), d a power of two of at least 2. seed: 0 <= seed <\n"
+"2**64. Sketches of one seed are linear: the squared norm of a difference of two estimates that of what they were\n"
+"drawn from, with relative standard error sqrt(2/d). Raises TypeError or ValueError. Local.");
+
+static PyObject *py_sketch(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"state", "out", "seed", NULL};
+    PyObject *state_object, *out_object, *seed_object, *result = NULL;
+    Py_buffer state, out;
+    double *sums = NULL, squared;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO", names, &state_object, &out_object, &seed_object))
+        return NULL;
+    uint64_t seed = PyLong_AsUnsignedLongLong(seed_object);
+    if (PyErr_Occurred()) {
+        if (PyErr_ExceptionMatches(PyExc_OverflowError))
+            PyErr_SetString(PyExc_ValueError, "seed: expected an integer from 0 to 2**64 - 1");
+        return NULL;
+    }
+    if (take_float32(state_object, "state", 0, &state) < 0)
+        return NULL;
+    if (take_float32(out_object, "out", 1, &out) < 0) {
+        PyBuffer_Release(&state);
+        return NULL;
+    }
+    size_t buckets = (size_t)out.len / sizeof(float);
+    if (buckets < 2 || (buckets & (buckets - 1)) != 0) {
+        PyErr_Format(PyExc_ValueError, "out: expected a power of two of values, at least 2, got %zu", buckets);
+        goto done;
+    }
+    if (refuse_overlap("out", "state", &out, &state) < 0)
+        goto done;
+    sums = PyMem_Malloc(buckets * sizeof *sums);
+    if (sums == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    squared = sketch((size_t)state.len / sizeof(float), state.buf, seed, buckets, sums);
+    for (size_t i = 0; i < buckets; i++)
+        ((float *)out.buf)[i] = (float)sums[i];
+    Py_END_ALLOW_THREADS
+    result = PyFloat_FromDouble(squared);
+done:
+    PyMem_Free(sums);
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&state);
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
+    {"mix", (PyCFunction)(void (*)(void))py_mix, METH_VARARGS | METH_KEYWORDS, mix_doc},
+    {"sketch", (PyCFunction)(void (*)(void))py_sketch, METH_VARARGS | METH_KEYWORDS, sketch_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static int add_itemsizes(PyObject *module)
+{
+    PyObject *sizes = PyDict_New();
+    int failed = sizes == NULL;
+    for (int i = 0; !failed && i < WIRE_COUNT; i++) {
+        PyObject *size = PyLong_FromSize_t(wire_itemsize[i]);
+        failed = size == NULL || PyDict_SetItemString(sizes, wire_names[i], size) < 0;
+        Py_XDECREF(size);
+    }
+    failed = failed || PyModule_AddObjectRef(module, "WIRE_ITEMSIZE", sizes) < 0;
+    Py_XDECREF(sizes);
+    return failed ? -1 : 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, add_itemsizes},
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "gala_mpi._native",
+    .m_doc = "Kernels over flat parameters: pack, mix and sketch.",
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,230 @@
+"""Whole runs under mpirun: every rank ends, files tell what happened, and the policy learns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import Mpi
+
+COMMAND = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--flush-every-s", "0.5", "--record-every", "1")
+
+
+def rows(folder: Path, rank: int, table: str) -> np.ndarray:
+    with h5py.File(folder / f"rank-{rank:05d}.h5", "r", swmr=True, locking=False) as file:
+        return file[table][:]
+
+
+def attribute(folder: Path, rank: int, name: str) -> object:
+    with h5py.File(folder / f"rank-{rank:05d}.h5", "r", swmr=True, locking=False) as file:
+        return file.attrs[name]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_gossip_runs_to_the_end_of_the_shared_budget(mpi: Mpi, size: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = mpi.run(size, *COMMAND, "--total-steps", "40_000", "--sketch-every-s", "0.2", "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    assert len(list(run.glob("rank-*.h5"))) == size
+    updates = [rows(run, rank, "updates") for rank in range(size)]
+    steps = sum(int(table["agent_steps"][-1]) for table in updates)
+    said = re.search(r"finished: ([\d,]+) steps", done.stdout)
+    assert said is not None and int(said.group(1).replace(",", "")) == steps >= 40_000
+    for rank, table in enumerate(updates):
+        np.testing.assert_array_equal(table["update"], np.arange(1, len(table) + 1))
+        assert np.isfinite([table[name] for name in ("policy_loss", "value_loss", "entropy", "grad_norm")]).all()
+        assert (np.diff(table["time_s"]) >= 0).all()
+        # Each update posts to one out-neighbour, and what a rank mixes its in-neighbour has sent.
+        assert table["messages_sent"][-1] == (len(table) if size > 1 else 0)
+        mixed = int(table["messages_mixed"][-1])
+        assert mixed <= int(updates[(rank - 1) % size]["messages_sent"][-1]) + 1
+        assert (mixed > 0) == (size > 1)
+        assert len(rows(run, rank, "sketches")) > 0 and len(rows(run, rank, "episodes")) > 0
+        neighbours = rows(run, rank, "neighbours")
+        assert set(neighbours["rank"]) == ({(rank - 1) % size} if size > 1 else set())
+        assert not neighbours["lost"].any()
+
+
+def test_all_ranks_share_the_runs_attributes(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = one_mpi.run(3, *COMMAND, "--total-steps", "10_000", "--seed", "9", "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    for name in ("run_id", "t0", "started", "config", "size", "env_id", "mpi_library"):
+        values = {str(attribute(run, rank, name)) for rank in range(3)}
+        assert len(values) == 1, name
+    assert [attribute(run, rank, "rank") for rank in range(3)] == [0, 1, 2]
+    config = json.loads(str(attribute(run, 0, "config")))
+    assert (config["run"]["seed"], config["environment"]["env"]) == (9, "CartPole-v1")
+    assert {"gala-mpi", "torch", "mpi4py", "h5py"} <= set(json.loads(str(attribute(run, 0, "versions"))))
+    assert (run / "config.toml").exists()
+
+
+def test_all_reduce_keeps_every_rank_on_the_same_parameters(mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    args = ("--exchange", "allreduce", "--total-steps", "20_000", "--sketch-every-s", "0.05", "--out", str(run))
+    done = mpi.run(3, *COMMAND, *args)
+    assert done.returncode == 0, done.stderr
+    tables = [rows(run, rank, "updates") for rank in range(3)]
+    assert len({len(table) for table in tables}) == 1
+    np.testing.assert_array_equal(tables[0]["grad_norm"], tables[1]["grad_norm"])
+    # Wherever two ranks drew a sketch after the same update, the parameters are the same to the bit.
+    sketches = [{int(row["update"]): row["sketch"] for row in rows(run, rank, "sketches")} for rank in range(3)]
+    shared = set(sketches[0]) & set(sketches[1])
+    assert shared
+    for update in shared:
+        np.testing.assert_array_equal(sketches[0][update], sketches[1][update])
+
+
+def test_independent_agents_send_nothing_and_drift_apart(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = one_mpi.run(2, *COMMAND, "--exchange", "none", "--total-steps", "20_000", "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    tables = [rows(run, rank, "updates") for rank in range(2)]
+    assert all(table["messages_sent"][-1] == 0 for table in tables)
+    assert tables[0]["grad_norm"][0] != tables[1]["grad_norm"][0]
+
+
+@pytest.mark.parametrize("topology", ["complete", "hypercube"])
+def test_other_topologies_mix_all_in_neighbours(one_mpi: Mpi, topology: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = one_mpi.run(4, *COMMAND, "--topology", topology, "--total-steps", "30_000", "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    degree = {"complete": 3, "hypercube": 2}[topology]
+    for rank in range(4):
+        assert len(set(rows(run, rank, "neighbours")["rank"])) == degree
+        mixed = rows(run, rank, "updates")["messages_mixed"]
+        # A mix takes a message of every in-neighbour.
+        assert mixed[-1] > 0 and (mixed % degree == 0).all()
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+def test_narrow_wires_keep_ranks_together(one_mpi: Mpi, wire: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = one_mpi.run(2, *COMMAND, "--wire", wire, "--total-steps", "30_000", "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        table = rows(run, rank, "updates")
+        assert table["messages_mixed"][-1] > 0 and table["messages_rejected"][-1] == 0
+        # Orthogonal layers of this network have a norm of about 16; neighbours stay far closer than that.
+        assert np.nanmax(table["neighbour_distance"]) < 4
+
+
+def test_zero_staleness_mixes_at_every_update(mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = mpi.run(3, *COMMAND, "--max-staleness", "0", "--total-steps", "20_000", "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    for rank in range(3):
+        table = rows(run, rank, "updates")
+        np.testing.assert_array_equal(table["staleness"], 0)
+        np.testing.assert_array_equal(table["messages_mixed"], table["update"])
+
+
+SLOW = """
+import sys, time
+from gala_mpi import cli, rollout
+from mpi4py import MPI
+collect = rollout.Collector.collect
+def slow(self):
+    if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1:
+        begin = time.perf_counter()
+        rollout_made = collect(self)
+        time.sleep(9 * (time.perf_counter() - begin))
+        return rollout_made
+    return collect(self)
+rollout.Collector.collect = slow
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("budget", "exchange", "staleness"),
+    [
+        ("shared", "gossip", None),
+        ("per-rank", "gossip", None),
+        ("per-rank", "gossip", 4),
+        ("shared", "none", None),
+        ("per-rank", "none", None),
+        ("shared", "allreduce", None),
+    ],
+)
+def test_every_rank_ends_when_one_is_ten_times_slower(
+    mpi: Mpi, budget: str, exchange: str, staleness: int | None, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    args = ["--budget", budget, "--exchange", exchange, "--total-steps", "24_000", "--out", str(run)]
+    args += [] if staleness is None else ["--max-staleness", str(staleness)]
+    done = mpi.run(3, "-c", SLOW, *COMMAND[3:], *args)
+    assert done.returncode == 0, done.stderr
+    steps = [int(rows(run, rank, "updates")["agent_steps"][-1]) for rank in range(3)]
+    assert sum(steps) >= 24_000
+    if budget == "per-rank":
+        rollout = 16 * 8
+        assert all(8_000 <= taken < 8_000 + rollout for taken in steps)
+    elif exchange != "allreduce":
+        assert steps[2] < min(steps[:2]) / 2
+    if staleness is not None:
+        assert max(int(rows(run, rank, "updates")["staleness"].max()) for rank in range(3)) >= staleness
+
+
+def test_a_time_limit_ends_all_ranks(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = one_mpi.run(2, *COMMAND, "--time-limit-s", "2", "--total-steps", "1_000_000_000", "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert rows(run, rank, "updates")["time_s"][-1] == pytest.approx(2, abs=5)
+
+
+def test_progress_is_shown(one_mpi: Mpi, tmp_path: Path) -> None:
+    args = ("--time-limit-s", "5", "--total-steps", "900_000_000", "--progress-every-s", "1")
+    done = one_mpi.run(2, *COMMAND, *args, "--out", str(tmp_path / "run"))
+    lines = [line for line in done.stdout.splitlines() if "steps/s" in line and "left" in line]
+    assert len(lines) >= 3, done.stdout
+    steps = [int(re.search(r"([\d,]+) of 900,000,000 steps", line).group(1).replace(",", "")) for line in lines]
+    assert all(later > sooner for sooner, later in itertools.pairwise(steps))
+    for word in ("mean return", "over 100 episodes", "staleness"):
+        assert word in lines[-1]
+
+
+def test_one_rank_without_a_launcher_is_reproducible(tmp_path: Path, one_mpi: Mpi) -> None:
+    tables = []
+    for name in ("first", "second"):
+        done = one_mpi.run(1, *COMMAND, "--total-steps", "6_000", "--out", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+        tables.append(rows(tmp_path / name, 0, "updates"))
+    for column in ("policy_loss", "value_loss", "entropy", "grad_norm", "agent_steps"):
+        np.testing.assert_array_equal(tables[0][column], tables[1][column])
+
+
+def test_ranks_draw_different_simulators(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    one_mpi.run(2, *COMMAND, "--exchange", "none", "--total-steps", "10_000", "--out", str(run))
+    first, second = (rows(run, rank, "episodes")["episode_return"][:20].tolist() for rank in range(2))
+    assert first != second
+
+
+def test_atari_trains(mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    args = ("--env", "ALE/Breakout-v5", "--simulators", "4", "--total-steps", "3_000", "--out", str(run))
+    done = mpi.run(2, "-m", "gala_mpi", "--record-every", "5", *args, timeout_s=240)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        table = rows(run, rank, "updates")
+        assert (table["update_norm"] > 0).all() and table["messages_mixed"][-1] > 0
+        sketch = rows(run, rank, "sketches")[0]
+        # The sketch's norm estimates the norm itself, within three standard errors of a squared norm.
+        assert abs(np.square(sketch["sketch"]).sum() / sketch["norm"] ** 2 - 1) < 3 * np.sqrt(2 / 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["gossip", "allreduce"])
+def test_cartpole_is_solved(one_mpi: Mpi, exchange: str, tmp_path: Path) -> None:
+    args = ("--preset", "cartpole", "--exchange", exchange, "--seed", "1", "--out", str(tmp_path / "run"))
+    done = one_mpi.run(4, "-m", "gala_mpi", "train", *args, timeout_s=280)
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"mean return ([\d.]+) over 100 episodes", done.stdout.splitlines()[-2])
+    assert said is not None and float(said.group(1)) >= 475
