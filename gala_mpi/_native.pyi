@@ -1,15 +1,17 @@
 from collections.abc import Sequence
+from typing import Any
 
-from typing_extensions import Buffer
+import numpy as np
+import numpy.typing as npt
 
 WIRE_ITEMSIZE: dict[str, int]
 
-def pack(sources: Sequence[Buffer], out: Buffer, wire: str = "float32") -> None: ...
+def pack(sources: Sequence[npt.NDArray[np.float32]], out: npt.NDArray[Any], wire: str = "float32") -> None: ...
 def mix(
-    state: Buffer,
+    state: npt.NDArray[np.float32],
     self_weight: float,
-    messages: Sequence[Buffer],
+    messages: Sequence[npt.NDArray[Any]],
     weights: Sequence[float],
     wire: str = "float32",
 ) -> tuple[list[float], list[bool]]: ...
-def sketch(state: Buffer, out: Buffer, seed: int) -> float: ...
+def sketch(state: npt.NDArray[np.float32], out: npt.NDArray[np.float32], seed: int) -> float: ...

@@ -147,9 +147,7 @@ def test_a_signal_to_one_rank_ends_all_with_closed_files(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_ends_all_with_closed_files(
-    mpi: Mpi, number: signal.Signals, tmp_path: Path
-) -> None:
+def test_a_signal_to_the_launcher_ends_all_with_closed_files(mpi: Mpi, number: signal.Signals, tmp_path: Path) -> None:
     process = start_long_run(mpi, tmp_path / "run", 2)
     os.kill(process.pid, number)
     finish(process, 60)

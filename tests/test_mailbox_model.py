@@ -110,9 +110,7 @@ EVENTS: dict[str, Callable[[State], bool]] = {
     "a message is overtaken while it is read": lambda s: (
         s.receiver.pc == "read" and s.published == 3 and s.receiver.newest == 1
     ),
-    "the sender is done and the receiver holds its last": lambda s: (
-        s.sender.pc == "done" and s.receiver.held == 3
-    ),
+    "the sender is done and the receiver holds its last": lambda s: s.sender.pc == "done" and s.receiver.held == 3,
 }
 
 

@@ -68,7 +68,7 @@ def test_degrees() -> None:
 
 
 def test_unknown_names_and_sizes_that_cannot_be_served_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'rung'.*ring, complete, hypercube"):
+    with pytest.raises(ConfigError, match=r"'rung'.*ring, complete, hypercube"):
         make_topology("rung", 4)
-    with pytest.raises(ConfigError, match="'hypercube'.*power of two, not 6"):
+    with pytest.raises(ConfigError, match=r"'hypercube'.*power of two, not 6"):
         make_topology("hypercube", 6)
