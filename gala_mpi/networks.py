@@ -1,50 +1,36 @@
-"""Policies: a shared body, a head of action logits and a head of the state's value."""
+"""Policies: from observations to action logits and the state's value.
+
+Layers are orthogonal, of gain sqrt(2) in the bodies, 0.01 at the logits and 1 at the value, biases zero.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 
-class Policy(nn.Module):
-    """`body` maps observations to features of width `width`; two linear heads follow.
+class Policy(nn.Module, ABC):
+    """What acts and is learned: `forward` gives logits (N, actions) and values (N,) of observations (N, ...)."""
 
-    The layers are orthogonal, of gain sqrt(2) in the body, 0.01 at the logits and 1 at the value, drawn
-    from `generator`.
-    """
-
-    def __init__(self, body: nn.Sequential, width: int, actions: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.body = body
-        self.head = nn.Linear(width, actions + 1)
-        for layer in body:
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                _orthogonal(layer.weight, math.sqrt(2), generator)
-                nn.init.zeros_(layer.get_parameter("bias"))
-        # One matrix product serves both heads; the last row is the value's.
-        with torch.no_grad():
-            _orthogonal(self.head.weight[:actions], 0.01, generator)
-            _orthogonal(self.head.weight[actions:], 1.0, generator)
-            nn.init.zeros_(self.head.bias)
-
+    @abstractmethod
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (N, actions) and values (N,) of observations (N, ...)."""
-        out = self.head(self.body(self.prepare(observations)))
-        return out[:, :-1], out[:, -1]
-
-    def prepare(self, observations: torch.Tensor) -> torch.Tensor:
-        """Observations as the simulators give them, as the first layer wants them."""
-        return observations.float()
+        """Logits and values of observations as the simulators give them."""
 
 
 class AtariPolicy(Policy):
-    """Three convolutions over uint8 frames (N, 4, 84, 84), scaled to [0, 1]; 866 k parameters for 6 actions."""
+    """One body of three convolutions over uint8 frames (N, 4, 84, 84), scaled to [0, 1], under both heads.
+
+    866 k parameters for 6 actions, drawn from `generator`.
+    """
 
     def __init__(self, actions: int, generator: torch.Generator) -> None:
-        body = nn.Sequential(
+        super().__init__()
+        self.body = nn.Sequential(
             nn.Conv2d(4, 32, 8, stride=4),
             nn.ReLU(),
             nn.Conv2d(32, 64, 4, stride=2),
@@ -55,24 +41,51 @@ class AtariPolicy(Policy):
             nn.Linear(32 * 7 * 7, 512),
             nn.ReLU(),
         )
-        super().__init__(body, 512, actions, generator)
+        # One matrix product serves both heads; the last row is the value's.
+        self.head = nn.Linear(512, actions + 1)
+        for layer in self.body:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                _draw(layer, math.sqrt(2), generator)
+        _draw(self.head, 1.0, generator)
+        with torch.no_grad():
+            nn.init.orthogonal_(self.head.weight[:actions], 0.01, generator)
+        # channels_last takes a quarter to a third off the convolutions on a CPU.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def prepare(self, observations: torch.Tensor) -> torch.Tensor:
-        # channels_last takes a quarter to a third off the convolutions on a CPU.
-        return observations.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and values of frames."""
+        scaled = observations.to(torch.float32, memory_format=torch.channels_last).div_(255)
+        out = self.head(self.body(scaled))
+        return out[:, :-1], out[:, -1]
 
 
 class MLPPolicy(Policy):
-    """Hidden layers of tanh units over flat observations (N, ...)."""
+    """Two networks of tanh units over flat observations (N, inputs), one for each head, drawn from `generator`.
+
+    They share nothing: values of hundreds would drown the policy's gradient in a shared body.
+    """
 
     def __init__(self, inputs: int, hidden: Sequence[int], actions: int, generator: torch.Generator) -> None:
-        layers: list[nn.Module] = [nn.Flatten()]
-        for width in hidden:
-            layers += [nn.Linear(inputs, width), nn.Tanh()]
-            inputs = width
-        super().__init__(nn.Sequential(*layers), inputs, actions, generator)
+        super().__init__()
+        self.actor = nn.Sequential(*_layers((inputs, *hidden, actions), 0.01, generator))
+        self.critic = nn.Sequential(*_layers((inputs, *hidden, 1), 1.0, generator))
+
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and values of flat observations."""
+        flat = observations.float()
+        return self.actor(flat), self.critic(flat).squeeze(1)
 
 
-def _orthogonal(weight: torch.Tensor, gain: float, generator: torch.Generator) -> None:
-    nn.init.orthogonal_(weight, gain, generator=generator)
+def _layers(widths: Sequence[int], last_gain: float, generator: torch.Generator) -> Iterator[nn.Module]:
+    for depth, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        last = depth == len(widths) - 2
+        yield _draw(nn.Linear(inputs, outputs), last_gain if last else math.sqrt(2), generator)
+        if not last:
+            yield nn.Tanh()
+
+
+def _draw(layer: nn.Conv2d | nn.Linear, gain: float, generator: torch.Generator) -> nn.Module:
+    """The layer with an orthogonal weight and no bias."""
+    nn.init.orthogonal_(layer.weight, gain, generator=generator)
+    nn.init.zeros_(layer.get_parameter("bias"))
+    return layer
