@@ -98,8 +98,8 @@ def test_other_topologies_mix_all_in_neighbours(one_mpi: Mpi, topology: str, tmp
     for rank in range(4):
         assert len(set(rows(run, rank, "neighbours")["rank"])) == degree
         mixed = rows(run, rank, "updates")["messages_mixed"]
-        # A mix takes a message of every in-neighbour.
-        assert mixed[-1] > 0 and (mixed % degree == 0).all()
+        # A mix takes a message of every in-neighbour; only at the very end some have finished.
+        assert mixed[-1] > 0 and set(np.diff(mixed[:-5])) <= {0, degree}
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
