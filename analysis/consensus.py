@@ -1,0 +1,100 @@
+"""Consensus of a run: the distance of every rank's parameters to the mean of all ranks, over time.
+
+    python analysis/consensus.py runs/pong
+
+The paper's claim is that agents stay within an epsilon-ball of one another. Distances come from count sketches that
+all ranks drew at the same instants; the relative standard error of a squared distance is sqrt(2 / dimension).
+Writes consensus.png and consensus.csv to --out (by default the run's folder). Columns of the CSV: instant (number
+of the sketch's interval since t0), time_s, ranks (how many drew a sketch in it), rank, update (of that rank),
+distance_to_mean, relative_distance (distance_to_mean / mean_norm), mean_norm (of the mean of the ranks).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from runs import Run, read_run, run_script
+
+COLUMNS = ["instant", "time_s", "ranks", "rank", "update", "distance_to_mean", "relative_distance", "mean_norm"]
+
+
+def distances(run: Run) -> pd.DataFrame:
+    """One row a rank and instant that at least two ranks have; columns as in the module's docstring."""
+    sketches = run.table("sketches")
+    interval_s = float(run.attributes("sketches")["interval_s"])
+    sketches["instant"] = np.floor(sketches["time_s"] / interval_s).astype(np.int64)
+    sketches = sketches.drop_duplicates(["instant", "rank"])
+    parts = []
+    for _, group in sketches.groupby("instant"):
+        if len(group) < 2:
+            continue
+        drawn = np.stack(group["sketch"].to_list()).astype(float)
+        mean = drawn.mean(axis=0)
+        part = group[["instant", "time_s", "rank", "update"]].copy()
+        part["ranks"] = len(group)
+        part["distance_to_mean"] = np.linalg.norm(drawn - mean, axis=1)
+        part["mean_norm"] = np.linalg.norm(mean)
+        part["relative_distance"] = part["distance_to_mean"] / part["mean_norm"]
+        parts.append(part[COLUMNS])
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
+
+
+def draw(data: pd.DataFrame, run: Run, path: Path) -> None:
+    """Draw every rank's distance, their mean and their greatest."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=150, layout="constrained")
+    for _, rows in data.groupby("rank"):
+        axes.plot(rows["time_s"] / 60, rows["distance_to_mean"], color="#56b4e9", linewidth=0.6, alpha=0.6)
+    if data.empty:
+        axes.text(0.5, 0.5, "no two ranks have drawn a sketch yet", transform=axes.transAxes, ha="center")
+    else:
+        by_instant = data.groupby("instant").agg(
+            time_s=("time_s", "mean"), mean=("distance_to_mean", "mean"), greatest=("distance_to_mean", "max")
+        )
+        axes.plot(by_instant["time_s"] / 60, by_instant["greatest"], color="#d55e00", linewidth=1.6, label="greatest")
+        axes.plot(by_instant["time_s"] / 60, by_instant["mean"], color="#0072b2", linewidth=1.6, label="mean of ranks")
+        axes.legend(frameon=False)
+    error = np.sqrt(2 / int(run.attributes("sketches")["dimension"]))
+    axes.set_title(f"{run.env_id}, {run.size} ranks: consensus distance (squared: standard error {error:.1%})")
+    axes.set_xlabel("time (minutes)")
+    axes.set_ylabel("distance of parameters to the mean of all ranks")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, help="folder for the results; by default that of the run")
+    args = parser.parse_args()
+    run = read_run(args.run)
+    data = distances(run)
+    out = args.out or args.run
+    out.mkdir(parents=True, exist_ok=True)
+    data.to_csv(out / "consensus.csv", index=False)
+    draw(data, run, out / "consensus.png")
+    if data.empty:
+        print(f"{run.folder}: no two ranks have drawn a sketch yet")
+    else:
+        distance = data["distance_to_mean"]
+        print(
+            f"{run.folder}: {data['instant'].nunique()} instants, {run.size} ranks; distance to the mean: median "
+            f"{distance.median():.3g}, greatest (epsilon) {distance.max():.3g}, "
+            f"{data['relative_distance'].max():.2%} of the mean's norm"
+        )
+    print(out / "consensus.csv")
+    print(out / "consensus.png")
+
+
+if __name__ == "__main__":
+    run_script(main)

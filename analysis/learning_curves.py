@@ -1,0 +1,109 @@
+"""Learning curves of one or several runs: the mean return of the last episodes over all ranks.
+
+    python analysis/learning_curves.py runs/pong
+    python analysis/learning_curves.py runs/gossip runs/allreduce --x time --out figures
+
+Writes learning-curve.png and learning-curve.csv to --out (by default the first run's folder). Columns of the CSV:
+run, time_s (since the run's t0), agent_steps (all ranks together), episodes (finished so far), episode_return (of
+this one), mean_return (over the last --window of all ranks), episodes_in_window (fewer at the start).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from runs import Run, read_run, run_script
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+
+def total_steps(run: Run, time_s: np.ndarray) -> np.ndarray:
+    """Agent steps of all ranks together at the given instants, interpolated between a rank's rows in time."""
+    columns = ["rank", "time_s", "agent_steps"]
+    known = pd.concat([run.table("updates")[columns], run.table("episodes")[columns]])
+    total = np.zeros(len(time_s))
+    for _, rows in known.groupby("rank"):
+        rows = rows.sort_values(["time_s", "agent_steps"])
+        times = np.concatenate([[0.0], rows["time_s"]])
+        total += np.interp(time_s, times, np.concatenate([[0.0], rows["agent_steps"]]))
+    return total
+
+
+def curve(run: Run, window: int) -> pd.DataFrame:
+    """One row an episode, in the order of their ends over all ranks; columns as in the module's docstring."""
+    episodes = run.table("episodes").sort_values("time_s", kind="stable")
+    time_s, returns = episodes["time_s"].to_numpy(float), episodes["episode_return"].to_numpy(float)
+    rolling = pd.Series(returns).rolling(window, min_periods=1)
+    return pd.DataFrame(
+        {
+            "run": run.folder.resolve().name,
+            "time_s": time_s,
+            "agent_steps": np.round(total_steps(run, time_s)).astype(np.int64),
+            "episodes": np.arange(1, len(returns) + 1),
+            "episode_return": returns,
+            "mean_return": rolling.mean().to_numpy(),
+            "episodes_in_window": rolling.count().to_numpy().astype(np.int64),
+        }
+    )
+
+
+def draw(curves: list[pd.DataFrame], runs: list[Run], x: str, window: int, path: Path) -> None:
+    """Draw the curves, with the single episodes behind them."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=150, layout="constrained")
+    for index, (data, run) in enumerate(zip(curves, runs, strict=True)):
+        colour = COLOURS[index % len(COLOURS)]
+        along = data["agent_steps"] / 1e6 if x == "steps" else data["time_s"] / 60
+        axes.plot(along, data["episode_return"], ".", color=colour, alpha=0.15, markersize=3, markeredgewidth=0)
+        axes.plot(along, data["mean_return"], color=colour, linewidth=1.8, label=run.folder.resolve().name)
+    axes.set_xlabel("agent steps of all ranks (millions)" if x == "steps" else "time (minutes)")
+    axes.set_ylabel(f"episode return ({runs[0].units('episodes')['episode_return']})")
+    tasks = ", ".join(sorted({f"{run.env_id}, {run.size} rank{'s' if run.size > 1 else ''}" for run in runs}))
+    axes.set_title(f"{tasks}: mean of the last {window} episodes")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if all(data.empty for data in curves):
+        axes.text(0.5, 0.5, "no episode has ended yet", transform=axes.transAxes, ha="center")
+    else:
+        axes.legend(frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, help="folder for the results; by default that of the first run")
+    parser.add_argument("--window", type=int, default=100, help="episodes to average over (default 100)")
+    parser.add_argument("--x", choices=("steps", "time"), default="steps", help="what to draw against")
+    args = parser.parse_args()
+    if args.window < 1:
+        parser.error(f"--window: {args.window} cannot be used; expected at least 1")
+    runs = [read_run(folder) for folder in args.runs]
+    curves = [curve(run, args.window) for run in runs]
+    out = args.out or args.runs[0]
+    out.mkdir(parents=True, exist_ok=True)
+    pd.concat(curves).to_csv(out / "learning-curve.csv", index=False)
+    draw(curves, runs, args.x, args.window, out / "learning-curve.png")
+    for data, run in zip(curves, runs, strict=True):
+        if data.empty:
+            print(f"{run.folder}: no episode has ended yet")
+            continue
+        last, full = data.iloc[-1], data[data["episodes_in_window"] == min(args.window, len(data))]
+        print(
+            f"{run.folder}: {len(data)} episodes, {last['agent_steps']:,} agent steps in {last['time_s']:,.0f} s; "
+            f"mean return {last['mean_return']:.2f} at the end, {full['mean_return'].max():.2f} at best"
+        )
+    print(out / "learning-curve.csv")
+    print(out / "learning-curve.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
