@@ -1,0 +1,362 @@
+"""mpirun -n 3 python tests/programs/stress_mailbox.py --exchanges 7000
+
+Every rank sends and receives at once, and checks every message that it takes:
+
+    whole       all elements encode the link and the update that the header names, at the size that belongs to it
+    ordered     updates strictly increase
+    newest      a message, or the one held, is at least as new as what its sender announced before the poll;
+                after a barrier it is the sender's very last
+    held        what was taken stays as it is until the next take
+    last        only the sender's final message says so
+
+Rank 0 prints the totals as one line of JSON. The first violation aborts the job with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import json
+import os
+import random
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from gala_mpi.mailbox import CACHE_LINE_BYTES, FRESH, HEADER, Inbox, Message, Outbox, lay_out
+from gala_mpi.waiting import wait_until
+from gala_mpi.window import Window
+
+# Rank r hears r - 1 and, from 3 ranks on, r - 2. The second capacity is no whole number of pages.
+CAPACITIES = (64 * 1024, 40_008)
+WIRES = (np.dtype(np.int64), np.dtype(np.float64))
+ELEMENT_BYTES = 8
+ORDINALS = tuple(np.arange(max(CAPACITIES) // ELEMENT_BYTES).astype(wire) for wire in WIRES)
+POSTS_PER_PHASE = 100
+# Posts before a look at the inboxes, looks, and the longest pause after them in seconds.
+ROLES = {"fast sender": (8, 1, 0.0), "even": (1, 1, 50e-6), "slow sender": (1, 4, 200e-6)}
+
+
+class Violation(Exception):
+    """The mailbox broke one of its promises."""
+
+
+class Link:
+    """What one sender sends to one receiver: both ends know every message in advance."""
+
+    def __init__(self, sender: int, receiver: int, capacity: int) -> None:
+        self.sender, self.receiver = sender, receiver
+        rng = np.random.default_rng([sender, receiver])
+        most = capacity // ELEMENT_BYTES
+        # Empty, full, and everything between, so that a shorter message leaves a stale tail behind it.
+        counts = np.exp(rng.uniform(0, np.log(most), 509)).astype(int)
+        counts[rng.choice(509, 50, replace=False)] = np.repeat([0, 1, most, most, most], 10)
+        self._counts = counts.tolist()
+
+    def wire(self, update: int) -> int:
+        return update // 3 % 2
+
+    def payload(self, update: int) -> np.ndarray:
+        """Every element encodes sender, receiver, update and its own place; exact in float64 too."""
+        base = ((update * 8 + self.sender) * 8 + self.receiver) << 13
+        return ORDINALS[self.wire(update)][: self._counts[update % 509]] + base
+
+
+class Sender:
+    """One rank's end of a link to an out-neighbour."""
+
+    def __init__(self, window: Window, link: Link, outbox: Outbox, announced: int) -> None:
+        self._window, self._link, self._announced = window, link, announced
+        self.outbox = outbox
+        self.update = 0
+        self.bytes_posted = 0
+
+    def post(self, *, last: bool = False) -> None:
+        self.update += 1
+        payload = self._link.payload(self.update)
+        self.outbox.post(
+            payload,
+            update=self.update,
+            time_s=self.update / 8,
+            agent_steps=self.update * 80,
+            wire=self._link.wire(self.update),
+            last=last,
+        )
+        # A post that returned has no more business with the sender's buffer.
+        payload[:] = -1
+        self.bytes_posted += payload.nbytes + HEADER.itemsize
+        self._window.swap(self._link.receiver, self._announced, self.update)
+
+
+class Receiver:
+    """One rank's end of a link from an in-neighbour, and its checks."""
+
+    def __init__(self, window: Window, link: Link, inbox: Inbox, announced: int) -> None:
+        self._window, self._link, self._announced = window, link, announced
+        self.inbox = inbox
+        self.held: Message | None = None
+        self.update = 0
+        self.taken = 0
+        self.most_skipped = 0
+
+    def poll(self, *, last: bool = False) -> bool:
+        """Take what is there, if anything, and check it and what was held until now."""
+        self._check_payload("held")
+        announced = self._window.load(self._window.rank, self._announced)
+        message = self.inbox.take()
+        if message is not None:
+            self._check_header(message, last)
+            self.most_skipped = max(self.most_skipped, message.update - self.update - 1)
+            self.held, self.update = message, message.update
+            self.taken += 1
+            self._check_payload("whole")
+        if self.update < announced:
+            raise Violation(f"newest: holds update {self.update}, {announced} was announced; {self._name()}")
+        return message is not None
+
+    def check_settled(self, update: int, *, last: bool = False) -> None:
+        """Between two barriers, after the senders are done: the newest message is `update`, and none comes after."""
+        self.poll(last=last)
+        if self.update != update:
+            raise Violation(f"newest: holds update {self.update} after the barrier, not {update}; {self._name()}")
+        if self.inbox.fresh() or self.inbox.take() is not None:
+            raise Violation(f"newest: a message after the last one; {self._name()}")
+
+    def _check_header(self, message: Message, last: bool) -> None:
+        update = message.update
+        if message.sender != self._link.sender:
+            raise Violation(f"sender: a message from {message.sender}; {self._name()}")
+        if update <= self.update:
+            raise Violation(f"ordered: update {update} after {self.update}; {self._name()}")
+        found = (message.time_s, message.agent_steps, message.wire, message.last, message.payload.nbytes)
+        expected = (update / 8, update * 80, self._link.wire(update), last, self._link.payload(update).nbytes)
+        if found != expected:
+            raise Violation(f"whole: header {found}, not {expected}, at update {update}; {self._name()}")
+
+    def _check_payload(self, promise: str) -> None:
+        if self.held is None:
+            return
+        expected = self._link.payload(self.update)
+        found = self.held.payload.view(expected.dtype)
+        if not np.array_equal(found, expected):
+            first = int(np.argmax(found != expected))
+            raise Violation(
+                f"{promise}: element {first} of {len(expected)} is {found[first]}, not {expected[first]}, "
+                f"at update {self.update}; {self._name()}"
+            )
+
+    def _name(self) -> str:
+        return f"{self._link.sender} -> {self._link.receiver}"
+
+
+class KeepsItsSlot(Outbox):
+    """Wrong: goes on writing the slot that it published."""
+
+    def post(self, payload: np.ndarray, **header: Any) -> None:
+        back = self._back
+        super().post(payload, **header)
+        self._back = back
+
+
+class PublishesFirst(Outbox):
+    """Wrong: publishes a slot, then writes it."""
+
+    def post(self, payload: np.ndarray, **header: Any) -> None:
+        published = self._back
+        after = self._window.swap(self.target, self._place.control, published | FRESH) & 3
+        swap, self._window.swap = self._window.swap, lambda *_: after  # type: ignore[method-assign]
+        super().post(payload, **header)
+        self._window.swap = swap  # type: ignore[method-assign]
+
+
+class KeepsTheOldest(Outbox):
+    """Wrong: throws a message away while the one before it was not taken yet."""
+
+    def post(self, payload: np.ndarray, **header: Any) -> None:
+        if not self._window.load(self.target, self._place.control) & FRESH:
+            super().post(payload, **header)
+
+
+class PostsNextDoor(Outbox):
+    """Wrong: posts to the receiver's first mailbox, whoever that belongs to."""
+
+    def __init__(self, window: Window, target: int, _place: object) -> None:
+        super().__init__(window, target, lay_out(CAPACITIES)[0][0])
+
+
+class ReadsInPlace(Inbox):
+    """Wrong: reads the middle slot where it is, and gives no slot for it."""
+
+    def take(self) -> Message | None:
+        self._front = self._window.load(self._window.rank, self._place.control) & 3
+        return super().take()
+
+
+BROKEN_OUTBOXES = {kind.__name__: kind for kind in (KeepsItsSlot, PublishesFirst, KeepsTheOldest, PostsNextDoor)}
+BROKEN_INBOXES = {kind.__name__: kind for kind in (ReadsInPlace,)}
+
+
+class Rank:
+    """One rank with all its links."""
+
+    def __init__(self, comm: MPI.Intracomm, window: Window, arguments: argparse.Namespace) -> None:
+        self._comm, self._deadline_s = comm, arguments.deadline_s
+        self._rng = random.Random(f"{arguments.seed} {comm.rank}")
+        rank, size = comm.rank, comm.size
+        places, nbytes = lay_out(CAPACITIES)
+        inbox_kind = BROKEN_INBOXES.get(arguments.broken, Inbox)
+        outbox_kind = BROKEN_OUTBOXES.get(arguments.broken, Outbox)
+        self.receivers, self.senders = [], []
+        for index, distance in enumerate(distances(size)):
+            place, announced = places[index], nbytes + CACHE_LINE_BYTES * index
+            link = Link((rank - distance) % size, rank, place.capacity)
+            self.receivers.append(Receiver(window, link, inbox_kind(window, place), announced))
+            target = (rank + distance) % size
+            link = Link(rank, target, place.capacity)
+            self.senders.append(Sender(window, link, outbox_kind(window, target, place), announced))
+        self.barrier()
+
+    def barrier(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Wait for all ranks, with a deadline, calling `meanwhile` over and over."""
+        request = self._comm.Ibarrier()
+
+        def done() -> bool:
+            meanwhile()
+            return request.Test()
+
+        if not wait_until(done, self._deadline_s):
+            raise TimeoutError(f"no barrier within {self._deadline_s} s")
+
+    def sum(self, values: list[int]) -> list[int]:
+        """Sums over all ranks; with a deadline."""
+        total = np.zeros(len(values), np.int64)
+        request = self._comm.Iallreduce(np.array(values, np.int64), total)
+        if not wait_until(request.Test, self._deadline_s):
+            raise TimeoutError(f"no sum within {self._deadline_s} s")
+        return total.tolist()
+
+    def poll(self) -> None:
+        for receiver in self.receivers:
+            receiver.poll()
+
+    def phase(self, number: int) -> None:
+        """Post and take at a pace that depends on rank and phase."""
+        posts, polls, pause_s = tuple(ROLES.values())[(self._comm.rank + number) % len(ROLES)]
+        left = [POSTS_PER_PHASE] * len(self.senders)
+        while any(left):
+            for _ in range(posts):
+                index = self._rng.randrange(len(left))
+                if left[index]:
+                    self.senders[index].post()
+                    left[index] -= 1
+            for _ in range(polls):
+                self.poll()
+            if pause_s:
+                time.sleep(self._rng.uniform(0, pause_s))
+            elif self._rng.random() < 1 / 64:
+                time.sleep(self._rng.uniform(0, 1e-3))
+        self.settle(meanwhile=self.poll)
+
+    def settle(self, *, last: bool = False, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Once all have posted: everyone must hold the very last message."""
+        self.barrier(meanwhile)
+        # All senders have posted equally often.
+        for receiver in self.receivers:
+            receiver.check_settled(self.senders[0].update, last=last)
+        self.barrier()
+
+    def check_quietly(self) -> None:
+        """The promises at rest: one message at a time, and a post that is refused."""
+        self.settle()
+        for count in (1, 1, 3, 509):
+            for sender in self.senders:
+                for _ in range(count):
+                    sender.post()
+                too_much = np.zeros(max(CAPACITIES) + 1, np.uint8)
+                with contextlib.suppress(ValueError):
+                    sender.outbox.post(too_much, update=10**9, time_s=0.0, agent_steps=0)
+                    raise Violation("a payload beyond the capacity was accepted")
+            self.settle()
+
+    def end(self) -> None:
+        for sender in self.senders:
+            sender.post(last=True)
+        self.settle(last=True)
+
+
+def distances(size: int) -> tuple[int, ...]:
+    return (1,) if size == 2 else (1, 2)
+
+
+def tcp_bytes_sent() -> int:
+    """Bytes that the TCP sockets of this process have sent, by the kernel's count."""
+    total = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as sock:
+            if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
+                # struct tcp_info (linux/tcp.h): tcpi_bytes_acked lies at byte 120.
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+                total += int.from_bytes(info[120:128], sys.byteorder)
+    return total
+
+
+def stress(comm: MPI.Intracomm, arguments: argparse.Namespace) -> dict[str, int | float]:
+    """Run phases until as many messages were taken as asked for; gives the totals over all ranks."""
+    window_bytes = lay_out(CAPACITIES)[1] + CACHE_LINE_BYTES * len(CAPACITIES)
+    with Window(comm, window_bytes) as window:
+        rank = Rank(comm, window, arguments)
+        if arguments.broken is None:
+            rank.check_quietly()
+        begin = time.monotonic()
+        phase, totals = 0, {"taken": 0}
+        while totals["taken"] < arguments.exchanges:
+            rank.phase(phase)
+            phase += 1
+            values = {
+                "posted": sum(sender.update for sender in rank.senders),
+                "taken": sum(receiver.taken for receiver in rank.receivers),
+                "bytes_posted": sum(sender.bytes_posted for sender in rank.senders),
+                "tcp_bytes": tcp_bytes_sent(),
+            }
+            totals = dict(zip(values, rank.sum(list(values.values())), strict=True))
+        rank.end()
+        skipped = max(comm.allgather(max(receiver.most_skipped for receiver in rank.receivers)))
+        seconds = time.monotonic() - begin
+        del rank
+    overwritten = totals["posted"] - totals["taken"]
+    return {**totals, "overwritten": overwritten, "most_skipped": skipped, "phases": phase, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exchanges", type=int, default=7000, help="messages to take and verify, over all ranks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--deadline-s", type=float, default=100.0)
+    parser.add_argument("--broken", choices=[*BROKEN_OUTBOXES, *BROKEN_INBOXES], help="a wrong end of the mailbox")
+    arguments = parser.parse_args()
+    comm = MPI.COMM_WORLD
+    # Flushes have no deadline of their own.
+    faulthandler.dump_traceback_later(arguments.deadline_s, exit=True)
+    try:
+        totals = stress(comm, arguments)
+    except Exception as error:
+        if isinstance(error, Violation):
+            print(f"[{comm.rank}/{comm.size}] violated: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+            sys.stderr.flush()
+        comm.Abort(1)
+    if comm.rank == 0:
+        print(json.dumps(totals))
+
+
+if __name__ == "__main__":
+    main()
