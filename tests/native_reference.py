@@ -1,0 +1,68 @@
+"""NumPy twins of the C kernels: they define what is correct."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+WIRE_TYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2")}
+
+
+def encode(values: Floats, wire: str) -> npt.NDArray[np.uint8]:
+    """float32 values as bytes of the wire type, rounded to nearest even."""
+    values = np.ascontiguousarray(values, np.float32)
+    if wire == "bfloat16":
+        bits = values.view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet = (bits >> 16) | 0x40
+        return np.where(np.isnan(values), quiet, rounded).astype(np.uint16).view(np.uint8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(WIRE_TYPES[wire]).view(np.uint8)
+
+
+def decode(message: npt.NDArray[np.uint8], wire: str) -> Floats:
+    """Bytes of the wire type as float32 values."""
+    if wire == "bfloat16":
+        return (message.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return message.view(WIRE_TYPES[wire]).astype(np.float32)
+
+
+def mix(
+    state: Floats, self_weight: float, messages: Sequence[npt.NDArray[np.uint8]], weights: Sequence[float], wire: str
+) -> tuple[Floats, list[float], list[bool]]:
+    """The state after mixing, the squared distances and which messages were accepted."""
+    values = [decode(message, wire) for message in messages]
+    accepted = [bool(np.isfinite(value).all()) for value in values]
+    rounded = [np.float32(weight) for weight in weights]
+    own = self_weight
+    for weight, taken in zip(rounded, accepted, strict=True):
+        own += 0.0 if taken else float(weight)
+    squared = [
+        float(np.square(state.astype(float) - value.astype(float)).sum()) if taken else float("nan")
+        for value, taken in zip(values, accepted, strict=True)
+    ]
+    if not any(accepted):
+        return state.copy(), squared, accepted
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        mixed = np.float32(own) * state
+        for value, weight, taken in zip(values, rounded, accepted, strict=True):
+            if taken:
+                mixed = mixed + weight * value
+    return mixed, squared, accepted
+
+
+def sketch(state: Floats, buckets: int, seed: int) -> Floats:
+    """The count sketch of the state."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed) + (np.arange(len(state), dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    signs = np.where(z >> np.uint64(63), -1.0, 1.0)
+    where = (z & np.uint64(buckets - 1)).astype(np.int64)
+    sums = np.zeros(buckets)
+    np.add.at(sums, where, signs * state.astype(float))
+    return sums.astype(np.float32)

@@ -1,0 +1,249 @@
+"""The C kernels agree with their NumPy twins, to the bit where a result is stored, and refuse what they cannot take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import native_reference as reference
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gala_mpi import _native
+
+WIRES = ("float32", "bfloat16", "float16")
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-40, 1.1754944e-38, 3.4028235e38, -3.4028235e38, 65504.0, 65519.9, 65520.0]
+SPECIAL += [5.9604645e-08, 2.9802322e-08, 2.98023259e-08, 6.1035156e-05, 0.33325195, 1 + 2**-8, 1 + 3 * 2**-9]
+NON_FINITE = [math.nan, math.inf, -math.inf]
+
+sizes = st.one_of(st.sampled_from([0, 1, 2, 3, 15, 16, 17, 31, 1023, 1024, 1025, 2047, 2049]), st.integers(0, 5000))
+seeds = st.integers(0, 2**32 - 1)
+wires = st.sampled_from(WIRES)
+skews = st.integers(0, 7)
+
+
+def draw_values(rng: np.random.Generator, size: int, special: float = 0.2) -> np.ndarray:
+    values = rng.normal(size=size) * 10.0 ** rng.integers(-8, 5, size=size)
+    chosen = rng.random(size) < special
+    values[chosen] = rng.choice(SPECIAL, size=int(chosen.sum()))
+    return values.astype(np.float32)
+
+
+def skewed(data: np.ndarray, skew: int) -> np.ndarray:
+    """A copy of the bytes at an address of any alignment."""
+    memory = np.zeros(data.nbytes + 16, np.uint8)
+    start = -memory.ctypes.data % 8 + skew
+    memory[start : start + data.nbytes] = data.view(np.uint8)
+    return memory[start : start + data.nbytes]
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.tobytes() == b.tobytes()
+
+
+@settings(deadline=None)
+@given(seeds, st.lists(sizes, max_size=4), wires, skews)
+def test_pack_gathers_and_rounds_as_the_twin(seed: int, counts: list[int], wire: str, skew: int) -> None:
+    rng = np.random.default_rng(seed)
+    sources = [draw_values(rng, count) for count in counts]
+    expected = np.concatenate([np.zeros(0, np.uint8), *(reference.encode(source, wire) for source in sources)])
+    out = skewed(np.full(expected.nbytes, 0xAA, np.uint8), skew)
+    _native.pack(sources, out, wire)
+    assert same_bits(out, expected)
+
+
+def test_every_half_survives_a_round_trip() -> None:
+    """All 2**16 patterns of both 16-bit types decode as the twin says, and encode back to themselves."""
+    patterns = np.arange(2**16, dtype=np.uint16)
+    for wire in ("bfloat16", "float16"):
+        values = reference.decode(patterns.view(np.uint8), wire)
+        finite = np.isfinite(values)
+        state = np.zeros(int(finite.sum()), np.float32)
+        message = np.ascontiguousarray(patterns[finite]).view(np.uint8)
+        assert _native.mix(state, 0.0, [message], [1.0], wire)[1] == [True]
+        np.testing.assert_array_equal(state, values[finite])
+        back = np.zeros(2**16, np.uint16)
+        _native.pack([values], back, wire)
+        number = ~np.isnan(values)
+        np.testing.assert_array_equal(back[number], patterns[number])
+        assert np.isnan(reference.decode(back[~number].copy().view(np.uint8), wire)).all()
+
+
+@pytest.mark.parametrize("wire", ["bfloat16", "float16"])
+def test_rounding_is_to_nearest_even_at_every_boundary(wire: str) -> None:
+    """Half way between any two neighbouring halves, and one float32 to either side of it."""
+    patterns = np.arange(2**15, dtype=np.uint16)
+    halves = reference.decode(patterns.view(np.uint8), wire).astype(float)
+    halves = halves[np.isfinite(halves)]
+    middles = ((halves[1:] + halves[:-1]) / 2).astype(np.float32)
+    bits = middles.view(np.uint32)
+    values = np.concatenate([middles, (bits - np.uint32(1)).view(np.float32), (bits + np.uint32(1)).view(np.float32)])
+    values = np.concatenate([values, -values])
+    out = np.zeros(2 * len(values), np.uint8)
+    _native.pack([values], out, wire)
+    assert same_bits(out, reference.encode(values, wire))
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_what_is_not_finite_stays_so_in_every_wire(wire: str) -> None:
+    values = np.array(NON_FINITE, np.float32)
+    payloads = np.array([0x7F800001, 0xFFFFFFFF, 0x7F80FFFF, 0xFF802000], np.uint32).view(np.float32)
+    for source in (values, payloads):
+        out = np.zeros(len(source) * _native.WIRE_ITEMSIZE[wire], np.uint8)
+        _native.pack([source], out, wire)
+        back = reference.decode(out, wire)
+        np.testing.assert_array_equal(np.isnan(back), np.isnan(source))
+        assert not np.isfinite(back).any()
+
+
+@settings(deadline=None)
+@given(seeds, sizes, st.integers(0, 4), wires, skews)
+def test_mix_agrees_with_the_twin(seed: int, size: int, count: int, wire: str, skew: int) -> None:
+    rng = np.random.default_rng(seed)
+    state = draw_values(rng, size, special=0.05)
+    messages = [skewed(reference.encode(draw_values(rng, size, special=0.0), wire), skew) for _ in range(count)]
+    for message in messages:
+        if size and rng.random() < 0.3:
+            values = reference.decode(message.copy(), wire)
+            values[rng.integers(size)] = rng.choice(NON_FINITE)
+            message[:] = reference.encode(values, wire)
+    raw = rng.random(count + 1)
+    self_weight, *weights = (raw / raw.sum()).tolist()
+    expected, squared, accepted = reference.mix(state, self_weight, [m.copy() for m in messages], weights, wire)
+    found_squared, found_accepted = _native.mix(state, self_weight, messages, weights, wire)
+    assert found_accepted == accepted
+    np.testing.assert_allclose(found_squared, squared, rtol=1e-6)
+    assert same_bits(state, expected)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("bad", NON_FINITE)
+@pytest.mark.parametrize("size", [1, 16, 1025, 4096])
+def test_one_value_that_is_not_finite_leaves_the_state_to_the_bit(size: int, bad: float, wire: str) -> None:
+    rng = np.random.default_rng(size)
+    state = draw_values(rng, size)
+    before = state.copy()
+    for place in {0, size // 2, size - 1}:
+        values = np.ones(size, np.float32)
+        values[place] = bad
+        squared, accepted = _native.mix(state, 0.5, [reference.encode(values, wire)], [0.5], wire)
+        assert accepted == [False] and math.isnan(squared[0])
+        assert same_bits(state, before)
+
+
+def test_the_largest_numbers_are_finite_and_mixed() -> None:
+    state = np.full(33, 3e38, np.float32)
+    squared, accepted = _native.mix(state, 0.5, [np.full(33, -3e38, np.float32)], [0.5])
+    assert accepted == [True] and squared[0] == pytest.approx(33 * 3.6e77, rel=1e-6)
+    np.testing.assert_array_equal(state, 0)
+
+
+def test_a_large_mix_keeps_the_mean() -> None:
+    size = 1_000_003
+    rng = np.random.default_rng(3)
+    first, second = (rng.normal(size=size).astype(np.float32) for _ in range(2))
+    mean = (first.astype(float) + second) / 2
+    squared, _ = _native.mix(first, 0.5, [second], [0.5])
+    np.testing.assert_allclose(first, mean, atol=1e-6)
+    assert squared[0] == pytest.approx(2 * size, rel=0.01)
+
+
+def test_no_message_leaves_the_state() -> None:
+    state = np.arange(5, dtype=np.float32)
+    assert _native.mix(state, 0.25, [], []) == ([], [])
+    np.testing.assert_array_equal(state, np.arange(5))
+
+
+@settings(deadline=None)
+@given(seeds, sizes, st.sampled_from([2, 8, 1024]), st.integers(0, 2**64 - 1))
+def test_sketch_agrees_with_the_twin(seed: int, size: int, buckets: int, hash_seed: int) -> None:
+    state = draw_values(np.random.default_rng(seed), size, special=0.0)
+    out = np.full(buckets, np.nan, np.float32)
+    squared = _native.sketch(state, out, hash_seed)
+    assert squared == pytest.approx(float(np.square(state.astype(float)).sum()), rel=1e-9)
+    np.testing.assert_allclose(out, reference.sketch(state, buckets, hash_seed), rtol=1e-6, atol=1e-30)
+
+
+def test_sketches_are_linear() -> None:
+    rng = np.random.default_rng(1)
+    first, second = (rng.integers(-100, 100, 3000).astype(np.float32) for _ in range(2))
+    outs = np.zeros((3, 64), np.float32)
+    for values, out in zip((first, second, first - second), outs, strict=True):
+        _native.sketch(values, out, 7)
+    np.testing.assert_array_equal(outs[0] - outs[1], outs[2])
+
+
+def floats(count: int = 4) -> np.ndarray:
+    return np.zeros(count, np.float32)
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array
+
+
+def misaligned(count: int = 4) -> np.ndarray:
+    return skewed(floats(count), 2).view(np.float32)
+
+
+SHARED = np.zeros(12, np.float32)
+
+REFUSED: dict[str, tuple[type[Exception], str, Any]] = {
+    "state of doubles": (TypeError, "state", lambda: _native.mix(np.zeros(4), 1, [], [])),
+    "state that is no buffer": (TypeError, "state", lambda: _native.mix([1.0], 1, [], [])),
+    "strided state": (ValueError, "state.*contiguous", lambda: _native.mix(floats(8)[::2], 1, [], [])),
+    "read-only state": (ValueError, "state.*read-only", lambda: _native.mix(read_only(floats()), 1, [], [])),
+    "misaligned state": (ValueError, "state.*multiple of 4", lambda: _native.mix(misaligned(), 1, [], [])),
+    "short message": (ValueError, "messages.*16 bytes.*got 12", lambda: _native.mix(floats(), 1, [floats(3)], [1])),
+    "message of doubles": (TypeError, "messages", lambda: _native.mix(floats(), 1, [np.zeros(2)], [1])),
+    "strided message": (
+        ValueError,
+        "messages.*contiguous",
+        lambda: _native.mix(floats(), 1, [np.zeros(32, np.uint8)[::2]], [1]),
+    ),
+    "overlapping message": (
+        ValueError,
+        "state: overlaps messages",
+        lambda: _native.mix(SHARED[:4], 1, [SHARED[3:7]], [1]),
+    ),
+    "too few weights": (ValueError, "weights.*1 messages, got 0", lambda: _native.mix(floats(), 1, [floats()], [])),
+    "weight that is not finite": (ValueError, "weights", lambda: _native.mix(floats(), 1, [floats()], [math.nan])),
+    "weight too large for float32": (ValueError, "self_weight", lambda: _native.mix(floats(), 1e300, [], [])),
+    "weight that is no number": (TypeError, "real number", lambda: _native.mix(floats(), "1", [], [])),
+    "unknown wire": (ValueError, "wire.*'int8'.*float16", lambda: _native.mix(floats(), 1, [], [], "int8")),
+    "wire of another type": (TypeError, "messages", lambda: _native.mix(floats(), 1, [floats(2)], [1], "float16")),
+    "source of doubles": (TypeError, "sources", lambda: _native.pack([np.zeros(4)], floats())),
+    "strided source": (ValueError, "sources.*contiguous", lambda: _native.pack([floats(8)[::2]], floats())),
+    "misaligned source": (ValueError, "sources.*multiple of 4", lambda: _native.pack([misaligned()], floats())),
+    "read-only out": (ValueError, "out.*read-only", lambda: _native.pack([floats()], read_only(floats()))),
+    "short out": (ValueError, "out.*got 8", lambda: _native.pack([floats()], floats(2))),
+    "overlapping out": (ValueError, "out: overlaps sources", lambda: _native.pack([SHARED[:4]], SHARED[2:6])),
+    "sketch onto the state": (ValueError, "out: overlaps state", lambda: _native.sketch(SHARED, SHARED[:4], 1)),
+    "sketch of three buckets": (ValueError, "out.*power of two", lambda: _native.sketch(floats(), floats(3), 1)),
+    "sketch of one bucket": (ValueError, "out.*power of two", lambda: _native.sketch(floats(), floats(1), 1)),
+    "read-only sketch": (ValueError, "out.*read-only", lambda: _native.sketch(floats(), read_only(floats()), 1)),
+    "negative seed": (ValueError, "seed", lambda: _native.sketch(floats(), floats(), -1)),
+    "seed too large": (ValueError, "seed", lambda: _native.sketch(floats(), floats(), 2**64)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_binding_refuses(case: str) -> None:
+    kind, said, call = REFUSED[case]
+    with pytest.raises(kind, match=said):
+        call()
+
+
+def test_a_refusal_holds_no_buffer() -> None:
+    """An array can be resized in place only while nobody holds a view of its memory."""
+    state, message = bytearray(16), bytearray(12)
+    with pytest.raises(TypeError):
+        _native.mix(state, 1.0, [message], [1.0])
+    with pytest.raises(ValueError, match="messages"):
+        _native.mix(floats(), 1.0, [message], [1.0])
+    with pytest.raises(ValueError, match="out"):
+        _native.pack([floats()], message)
+    state.append(1)
+    message.append(1)
