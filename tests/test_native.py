@@ -75,8 +75,8 @@ def test_every_half_survives_a_round_trip() -> None:
 def test_rounding_is_to_nearest_even_at_every_boundary(wire: str) -> None:
     """Half way between any two neighbouring halves, and one float32 to either side of it."""
     patterns = np.arange(2**15, dtype=np.uint16)
-    halves = reference.decode(patterns.view(np.uint8), wire).astype(float)
-    halves = halves[np.isfinite(halves)]
+    halves = reference.decode(patterns.view(np.uint8), wire)
+    halves = halves[np.isfinite(halves)].astype(float)
     middles = ((halves[1:] + halves[:-1]) / 2).astype(np.float32)
     bits = middles.view(np.uint32)
     values = np.concatenate([middles, (bits - np.uint32(1)).view(np.float32), (bits + np.uint32(1)).view(np.float32)])
