@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gala_mpi.agent import RunInfo, StopRequest, Summary
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_STOPPED = 1, 2, 75
+CONFIG_FILE = "config.toml"
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
@@ -53,8 +54,16 @@ def main() -> NoReturn:
 
 def train(args: list[str]) -> int:
     """Train; returns the exit code. Collective over all ranks of the job."""
-    from mpi4py import MPI
-
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        print(
+            f"gala-mpi: error: no MPI library can be loaded ({reason}); load your site's MPI, or install one with "
+            "pip install 'gala-mpi[mpich]'",
+            file=sys.stderr,
+        )
+        return EXIT_CONFIG
     comm = MPI.COMM_WORLD
     logging.basicConfig(format=f"[{comm.rank}/{comm.size}] %(levelname)s: %(message)s", stream=sys.stderr)
     try:
@@ -120,7 +129,7 @@ def check(config: TrainConfig, size: int) -> TrainConfig:
     out = config.record.out
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError("out", str(out), "a folder, not a file")
-    if out is not None and out.is_dir() and any(out.glob("rank-*.h5")):
+    if out is not None and out.is_dir() and (any(out.glob("rank-*.h5")) or (out / CONFIG_FILE).exists()):
         raise ConfigError("out", str(out), "a folder that holds no run yet")
     return config
 
@@ -189,7 +198,7 @@ def _make_folder(config: TrainConfig) -> Path:
         out = Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(as_toml(config), "utf-8")
+        (out / CONFIG_FILE).write_text(as_toml(config), "utf-8")
     except OSError as error:
         raise ConfigError("out", str(out), f"a folder that can be written ({error.strerror})") from error
     return out.resolve()

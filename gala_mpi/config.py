@@ -126,9 +126,6 @@ class ExchangeConfig:
     for another."""
     wire: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the parameters on the way to a neighbour."""
-    delivery: Literal["auto", "inline"] = "auto"
-    """inline: Put straight from the parameters. auto picks the way for each neighbour; inline is the only one
-    so far."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "max_staleness")

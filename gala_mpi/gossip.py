@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gala_mpi import _native
-from gala_mpi.mailbox import Inbox, Message, Outbox, lay_out
+from gala_mpi.mailbox import Delivery, Inbox, Message, Outbox, lay_out
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.topology import Topology
 from gala_mpi.waiting import wait_until
@@ -38,7 +38,7 @@ class InNeighbour:
     rank: int
     weight: float
     inbox: Inbox
-    heard_at_s: float
+    heard_at_s: float | None = None
     update: int = 0
     staleness: int = 0
     message_age_s: float = math.nan
@@ -102,12 +102,12 @@ class Gossip:
         own_places, total_bytes = places[comm.rank]
         self._window = Window(comm, total_bytes)
         _, weights = topology.weights(comm.rank)
-        now = time.monotonic()
         self.in_neighbours = [
-            InNeighbour(rank, weight, Inbox(self._window, place), now)
+            InNeighbour(rank, weight, Inbox(self._window, place))
             for rank, weight, place in zip(topology.in_neighbours(comm.rank), weights, own_places, strict=True)
         ]
-        self._outboxes = [
+        # Inline: on one node a Put from the live parameters is one copy at the speed of memory.
+        self._deliveries: list[Delivery] = [
             Outbox(self._window, target, places[target][0][topology.in_neighbours(target).index(comm.rank)])
             for target in topology.out_neighbours(comm.rank)
         ]
@@ -143,14 +143,16 @@ class Gossip:
         self._window.free()
 
     def _post(self, update: int, agent_steps: int, *, last: bool = False) -> None:
-        if not self._outboxes:
+        if not self._deliveries:
             return
         payload: np.ndarray = self._flat.host()
         if self._staging is not None:
             _native.pack([payload], self._staging, WIRES[self._wire])
             payload = self._staging
-        for outbox in self._outboxes:
-            outbox.post(payload, update=update, time_s=time.time(), agent_steps=agent_steps, wire=self._wire, last=last)
+        for delivery in self._deliveries:
+            delivery.post(
+                payload, update=update, time_s=time.time(), agent_steps=agent_steps, wire=self._wire, last=last
+            )
             self.counters.messages_sent += 1
 
     def _ready(self) -> bool:
@@ -160,6 +162,9 @@ class Gossip:
         for neighbour in self.in_neighbours:
             if neighbour.finished:
                 continue
+            if neighbour.heard_at_s is None:
+                # Patience begins with the first look, not while ranks are still being set up.
+                neighbour.heard_at_s = now
             if neighbour.inbox.fresh():
                 found += 1
                 neighbour.heard_at_s = now

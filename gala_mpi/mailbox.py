@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,24 @@ class Message:
     wire: int
     last: bool
     payload: Bytes
+
+
+class Delivery(Protocol):
+    """A way for messages to one receiver. An Outbox is the inline way: done when `post` returns."""
+
+    target: int
+
+    def post(
+        self,
+        payload: npt.NDArray[Any],
+        *,
+        update: int,
+        time_s: float,
+        agent_steps: int,
+        wire: int = 0,
+        last: bool = False,
+    ) -> None:
+        """Publish `payload` in place of whatever was not taken yet. The caller may change it afterwards."""
 
 
 class Outbox:

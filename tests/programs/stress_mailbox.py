@@ -40,9 +40,9 @@ CAPACITIES = (64 * 1024, 40_008)
 WIRES = (np.dtype(np.int64), np.dtype(np.float64))
 ELEMENT_BYTES = 8
 ORDINALS = tuple(np.arange(max(CAPACITIES) // ELEMENT_BYTES).astype(wire) for wire in WIRES)
-POSTS_PER_PHASE = 100
+POSTS_PER_PHASE = 250
 # Posts before a look at the inboxes, looks, and the longest pause after them in seconds.
-ROLES = {"fast sender": (8, 1, 0.0), "even": (1, 1, 50e-6), "slow sender": (1, 4, 200e-6)}
+ROLES = {"fast sender": (5, 1, 0.0), "even": (1, 1, 50e-6), "slow sender": (1, 4, 200e-6)}
 
 
 class Violation(Exception):
@@ -177,6 +177,19 @@ class PublishesFirst(Outbox):
         self._window.swap = swap  # type: ignore[method-assign]
 
 
+class PublishesHalf(Outbox):
+    """Wrong: writes the second half of the payload after the publication."""
+
+    def post(self, payload: np.ndarray, **header: Any) -> None:
+        slot = self._place.slots[self._back]
+        half = payload.copy()
+        half[len(half) // 2 :] = 0
+        super().post(half, **header)
+        time.sleep(50e-6)
+        self._window.put(payload, self.target, slot)
+        self._window.flush(self.target)
+
+
 class KeepsTheOldest(Outbox):
     """Wrong: throws a message away while the one before it was not taken yet."""
 
@@ -200,7 +213,9 @@ class ReadsInPlace(Inbox):
         return super().take()
 
 
-BROKEN_OUTBOXES = {kind.__name__: kind for kind in (KeepsItsSlot, PublishesFirst, KeepsTheOldest, PostsNextDoor)}
+BROKEN_OUTBOXES = {
+    kind.__name__: kind for kind in (KeepsItsSlot, PublishesFirst, PublishesHalf, KeepsTheOldest, PostsNextDoor)
+}
 BROKEN_INBOXES = {kind.__name__: kind for kind in (ReadsInPlace,)}
 
 
@@ -276,7 +291,7 @@ class Rank:
     def check_quietly(self) -> None:
         """The promises at rest: one message at a time, and a post that is refused."""
         self.settle()
-        for count in (1, 1, 3, 509):
+        for count in (1, 1, 3, 20):
             for sender in self.senders:
                 for _ in range(count):
                     sender.post()
@@ -299,8 +314,10 @@ def distances(size: int) -> tuple[int, ...]:
 def tcp_bytes_sent() -> int:
     """Bytes that the TCP sockets of this process have sent, by the kernel's count."""
     total = 0
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as sock:
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        if not entry.is_socket():
+            continue
+        with socket.socket(fileno=os.dup(int(entry.name))) as sock:
             if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
                 # struct tcp_info (linux/tcp.h): tcpi_bytes_acked lies at byte 120.
                 info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
@@ -347,6 +364,8 @@ def main() -> None:
     faulthandler.dump_traceback_later(arguments.deadline_s, exit=True)
     try:
         totals = stress(comm, arguments)
+        if comm.rank == 0:
+            print(json.dumps(totals))
     except Exception as error:
         if isinstance(error, Violation):
             print(f"[{comm.rank}/{comm.size}] violated: {error}", file=sys.stderr, flush=True)
@@ -354,8 +373,6 @@ def main() -> None:
             traceback.print_exc()
             sys.stderr.flush()
         comm.Abort(1)
-    if comm.rank == 0:
-        print(json.dumps(totals))
 
 
 if __name__ == "__main__":
