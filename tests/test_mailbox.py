@@ -22,7 +22,7 @@ assert min(sum(IN_SHARED_MEMORY.values()), sum(OVER_TCP.values())) >= 20_000
 
 def exchange(mpi: Mpi, size: int, exchanges: int, env: dict[str, str] | None = None) -> dict[str, float]:
     """Totals of a run of the program, which checks every message itself."""
-    done = mpi.run(size, PROGRAM, "--exchanges", str(exchanges), timeout_s=120, env=env)
+    done = mpi.run(size, PROGRAM, "--exchanges", str(exchanges), timeout_s=240, env=env)
     assert done.returncode == 0, done.stderr
     totals: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     assert totals["posted"] > totals["taken"] >= exchanges
@@ -51,7 +51,7 @@ BROKEN = {
     "PublishesHalf": (2, "held|whole"),
     "KeepsTheOldest": (2, "newest"),
     "ReadsInPlace": (2, "held|whole|ordered|newest"),
-    "PostsNextDoor": (3, "sender|ordered|newest|whole|held"),
+    "PostsToAnother": (3, "sender|newest"),
 }
 
 
