@@ -132,7 +132,7 @@ class Agent:
         begin_s = time.monotonic()
         monitor = Monitor(run.total_steps, record.progress_every_s, run.time_limit_s) if self._comm.rank == 0 else None
         try:
-            while not self._exchange.agree(self._spent(stop)):
+            while self._progress() < 1 and not self._exchange.agree(self._wants_to_stop(stop)):
                 self._one_update()
                 if monitor is not None and monitor.due():
                     monitor.show(self._board.overview())
@@ -162,15 +162,13 @@ class Agent:
         self._board.free()
         self._simulators.close()
 
-    def _spent(self, stop: StopRequest) -> bool:
-        """Whether this rank has nothing left to do."""
+    def _wants_to_stop(self, stop: StopRequest) -> bool:
+        """Whether this rank is to end before its budget is spent."""
         run = self._config.run
         limit_s = math.inf if run.time_limit_s is None else run.time_limit_s
         if stop.reason:
             self._board.ask_all_to_stop()
-        if stop.reason or self._board.stop_requested or time.time() - self._info.t0 >= limit_s:
-            return True
-        return self._progress() >= 1
+        return bool(stop.reason) or self._board.stop_requested or time.time() - self._info.t0 >= limit_s
 
     def _progress(self) -> float:
         """Share of the budget that is spent."""

@@ -29,7 +29,7 @@ class Exchange(Protocol):
         """Act on the parameters after the learner's update."""
 
     def agree(self, stop: bool) -> bool:
-        """Whether this rank ends now, given that it wants to."""
+        """Whether this rank ends now, given whether it wants to."""
 
     def finish(self, update: int, agent_steps: int) -> None:
         """Say that this rank's last update is done."""
@@ -66,36 +66,42 @@ class NoExchange:
 
 
 class AllReduce(NoExchange):
-    """Synchronous A2C: the gradients of all ranks are averaged at every update. Its calls are collective."""
+    """Synchronous A2C: the gradients of all ranks are averaged at every update. Averaging is collective.
+
+    A rank's wish to stop travels with its gradient, so that all ranks end after the same update, at no extra
+    message.
+    """
 
     synchronous = True
 
     def __init__(self, flat: FlatParameters, comm: MPI.Intracomm, timeout_s: float) -> None:
         super().__init__(flat, comm)
         self._comm, self._timeout_s = comm, timeout_s
-        self._host = None if flat.grad.device.type == "cpu" else torch.empty(flat.size, pin_memory=True)
+        self._flat = flat
+        on_cpu = flat.data.device.type == "cpu"
+        self._host = flat.grad_and_flag if on_cpu else torch.empty(flat.size + 1, pin_memory=True)
+        self._wants_to_stop = self._all_stop = False
 
     def average_gradient(self, grad: torch.Tensor) -> None:
-        """Replace `grad` by its mean over all ranks."""
+        """Replace the flat gradient by its mean over all ranks. Collective."""
         with self.counters.timed():
-            host = grad if self._host is None else self._host.copy_(grad)
+            shared = self._flat.grad_and_flag
+            shared[-1] = float(self._wants_to_stop)
             begin = time.perf_counter()
-            self._complete(self._comm.Iallreduce(MPI.IN_PLACE, host.numpy()))
+            self._host.copy_(shared)
+            request = self._comm.Iallreduce(MPI.IN_PLACE, self._host.numpy())
+            if not wait_until(request.Test, self._timeout_s):
+                raise TimeoutError(
+                    f"all-reduce: some rank did not come within {self._timeout_s:g} s (--neighbour-timeout-s)"
+                )
+            self._all_stop = bool(self._host[-1] > 0)
+            shared.copy_(self._host.div_(self._comm.size))
             self.counters.wait_s += time.perf_counter() - begin
-            grad.copy_(host.div_(self._comm.size))
 
     def agree(self, stop: bool) -> bool:
-        """All ranks end together, as soon as one wants to."""
-        with self.counters.timed():
-            wanted = torch.tensor([int(stop)])
-            self._complete(self._comm.Iallreduce(MPI.IN_PLACE, wanted.numpy(), MPI.MAX))
-        return bool(wanted[0])
-
-    def _complete(self, request: MPI.Request) -> None:
-        if not wait_until(request.Test, self._timeout_s):
-            raise TimeoutError(
-                f"all-reduce: some rank did not come within {self._timeout_s:g} s (--neighbour-timeout-s)"
-            )
+        """All ranks end together, one update after one of them wants to."""
+        self._wants_to_stop = stop
+        return self._all_stop
 
 
 def make_exchange(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intracomm) -> Exchange:

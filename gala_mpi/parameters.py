@@ -31,7 +31,9 @@ class FlatParameters:
                 )
         self.size = sum(parameter.numel() for _, parameter in named)
         self.data = torch.empty(self.size, device=device)
-        self.grad = torch.zeros(self.size, device=device)
+        # One element more than the gradient: a flag that can travel with it in one all-reduce.
+        self.grad_and_flag = torch.zeros(self.size + 1, device=device)
+        self.grad = self.grad_and_flag[: self.size]
         self.offsets: dict[str, int] = {}
         offset = 0
         for name, parameter in named:
