@@ -12,7 +12,7 @@ from gala_mpi.config import ExchangeConfig
 from gala_mpi.gossip import ExchangeCounters, Gossip, InNeighbour, share_parameters
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.topology import make_topology
-from gala_mpi.waiting import wait_until
+from gala_mpi.waiting import Watchdog
 
 
 class Exchange(Protocol):
@@ -78,6 +78,7 @@ class AllReduce(NoExchange):
         super().__init__(flat, comm)
         self._comm, self._timeout_s = comm, timeout_s
         self._flat = flat
+        self._watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
         on_cpu = flat.data.device.type == "cpu"
         self._host = flat.grad_and_flag if on_cpu else torch.empty(flat.size + 1, pin_memory=True)
         self._wants_to_stop = self._all_stop = False
@@ -89,11 +90,9 @@ class AllReduce(NoExchange):
             shared[-1] = float(self._wants_to_stop)
             begin = time.perf_counter()
             self._host.copy_(shared)
-            request = self._comm.Iallreduce(MPI.IN_PLACE, self._host.numpy())
-            if not wait_until(request.Test, self._timeout_s):
-                raise TimeoutError(
-                    f"all-reduce: some rank did not come within {self._timeout_s:g} s (--neighbour-timeout-s)"
-                )
+            complaint = f"all-reduce: some rank did not come within {self._timeout_s:g} s (--neighbour-timeout-s)"
+            with self._watchdog.limit(self._timeout_s, complaint):
+                self._comm.Allreduce(MPI.IN_PLACE, self._host.numpy())
             self._all_stop = bool(self._host[-1] > 0)
             shared.copy_(self._host.div_(self._comm.size))
             self.counters.wait_s += time.perf_counter() - begin

@@ -1,13 +1,17 @@
-"""Waiting for other ranks: always with a deadline, making progress, and backing off."""
+"""Waiting for other ranks: always with a deadline."""
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 YIELD_FOR_S = 0.002
 LONGEST_SLEEP_S = 0.001
+WATCH_EVERY_S = 0.5
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
@@ -28,3 +32,32 @@ def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
             time.sleep(sleep_s)
             sleep_s = min(2 * sleep_s, LONGEST_SLEEP_S)
     return True
+
+
+class Watchdog:
+    """A deadline for calls that block inside MPI, where nothing else can be done any more: the process ends.
+
+    Its exit without MPI_Finalize makes the launcher end the whole job. For collective calls, which are faster
+    when they block than when they are polled.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._deadline_s, self._complaint = float("inf"), ""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @contextmanager
+    def limit(self, timeout_s: float, complaint: str) -> Iterator[None]:
+        """End the process with `complaint` if the block takes over `timeout_s` seconds."""
+        self._complaint = complaint
+        self._deadline_s = time.monotonic() + timeout_s
+        try:
+            yield
+        finally:
+            self._deadline_s = float("inf")
+
+    def _watch(self) -> None:
+        while time.monotonic() < self._deadline_s:
+            time.sleep(WATCH_EVERY_S)
+        print(f"{self._name} error: {self._complaint}", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -144,6 +145,19 @@ def test_a_signal_to_one_rank_ends_all_with_closed_files(
     assert done.returncode == 75, done.stderr
     assert "stopped" in done.stdout
     assert_closed(tmp_path / "run", 3)
+
+
+def test_an_all_reduce_does_not_wait_for_ever(mpi: Mpi, tmp_path: Path) -> None:
+    process = start_long_run(mpi, tmp_path / "run", 3, "--exchange", "allreduce", "--neighbour-timeout-s", "3")
+    stopped = rank_process(process.pid, 1)
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        done = finish(process, 60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGKILL)
+    assert done.returncode != 0
+    assert "some rank did not come within 3 s" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
