@@ -1,0 +1,81 @@
+"""Flat parameters: one buffer, seen through the module's own tensors, in values, gradients and memory format."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gala_mpi.networks import AtariPolicy, MLPPolicy
+from gala_mpi.parameters import FlatParameters
+
+
+def test_values_are_kept_and_live_in_the_buffer() -> None:
+    policy = MLPPolicy(3, (5, 4), 2, torch.Generator().manual_seed(1))
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    flat = FlatParameters(policy)
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, before[name])
+    flat.data.zero_()
+    assert all((parameter == 0).all() for parameter in policy.parameters())
+
+
+def test_views_cover_the_buffer_once() -> None:
+    policy = AtariPolicy(6, torch.Generator().manual_seed(1))
+    flat = FlatParameters(policy)
+    assert flat.size == 866_439 == sum(parameter.numel() for parameter in policy.parameters())
+    flat.data.zero_()
+    for parameter in policy.parameters():
+        parameter.data.add_(1)
+    assert torch.equal(flat.data, torch.ones(flat.size))
+    named = list(policy.named_parameters())
+    assert [flat.offsets[name] for name, _ in named] == np.cumsum([0, *(p.numel() for _, p in named[:-1])]).tolist()
+
+
+def test_gradients_land_in_the_buffer_at_every_backward() -> None:
+    policy = MLPPolicy(3, (5,), 2, torch.Generator().manual_seed(1))
+    flat = FlatParameters(policy)
+    for _ in range(3):
+        flat.grad.zero_()
+        logits, values = policy(torch.ones(4, 3))
+        (logits.sum() + values.sum()).backward()
+        expected = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+        assert torch.equal(flat.grad, expected) and flat.grad.abs().sum() > 0
+        pointers = [parameter.grad.data_ptr() for parameter in policy.parameters()]
+        assert pointers == [flat.grad[offset:].data_ptr() for offset in flat.offsets.values()]
+
+
+def test_memory_format_is_kept() -> None:
+    policy = AtariPolicy(4, torch.Generator().manual_seed(1))
+    strides = {name: parameter.stride() for name, parameter in policy.named_parameters()}
+    FlatParameters(policy)
+    assert {name: parameter.stride() for name, parameter in policy.named_parameters()} == strides
+    weight = policy.body[2].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert weight.grad.stride() == weight.stride()
+
+
+def test_tied_parameters_are_counted_once() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = module[0].weight
+    flat = FlatParameters(module)
+    assert flat.size == 16 + 4 + 4
+    flat.data.fill_(2)
+    assert (module[1].weight == 2).all() and module[1].weight is module[0].weight
+
+
+def test_what_it_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight is torch\.float64"):
+        FlatParameters(nn.Linear(2, 2).double())
+    with pytest.raises(ValueError, match="no parameters"):
+        FlatParameters(nn.ReLU())
+    with pytest.raises(ValueError, match="on meta"):
+        FlatParameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))
+
+
+def test_on_a_cpu_host_memory_is_the_buffer_itself() -> None:
+    flat = FlatParameters(nn.Linear(3, 3))
+    flat.host()[:] = np.arange(12)
+    flat.store_host()
+    assert flat.data.tolist() == list(range(12))

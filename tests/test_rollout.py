@@ -1,0 +1,165 @@
+"""Returns and rollouts, worked out by hand: what ends, what is cut short, and what the policy saw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import vector
+from test_environments import MODES, TERMINATES, TRUNCATES
+
+from gala_mpi.environments import Simulators
+from gala_mpi.networks import MLPPolicy
+from gala_mpi.rollout import Collector, Rollout, n_step_returns
+
+
+def rollout_of(
+    rewards: list[list[float]],
+    terminated: list[list[bool]],
+    truncated: list[list[bool]],
+    truncated_values: list[list[float]],
+    last_values: list[float],
+    valid: list[list[bool]] | None = None,
+) -> Rollout:
+    shape = torch.tensor(rewards).shape
+    zeros = torch.zeros(shape)
+    return Rollout(
+        log_probs=zeros.clone(),
+        values=zeros.clone(),
+        entropies=zeros.clone(),
+        rewards=torch.tensor(rewards),
+        terminated=torch.tensor(terminated),
+        truncated=torch.tensor(truncated),
+        valid=torch.ones(shape, dtype=torch.bool) if valid is None else torch.tensor(valid),
+        truncated_values=torch.tensor(truncated_values),
+        last_values=torch.tensor(last_values),
+        episodes=[],
+    )
+
+
+def column(values: list[float]) -> list[list[float]]:
+    return [[value] for value in values]
+
+
+NO = column([False, False, False])
+
+
+@pytest.mark.parametrize(
+    ("terminated", "truncated", "truncated_values", "last", "expected"),
+    [
+        # Nothing ends: 4 + 0.5 * 8 = 8, 2 + 0.5 * 8 = 6, 1 + 0.5 * 6 = 4.
+        ([0, 0, 0], [0, 0, 0], [0, 0, 0], 8.0, [4, 6, 8]),
+        # Over at the second step: nothing of the value after it comes in; the third is of the next episode.
+        ([0, 1, 0], [0, 0, 0], [0, 0, 0], 8.0, [2, 2, 8]),
+        # Cut at the second step: its final observation was worth 10: 2 + 0.5 * 10 = 7, 1 + 0.5 * 7 = 4.5.
+        ([0, 0, 0], [0, 1, 0], [0, 10, 0], 8.0, [4.5, 7, 8]),
+        # Over, or cut, at the last step: the value of what comes after does not matter.
+        ([0, 0, 1], [0, 0, 0], [0, 0, 0], 1e6, [3, 4, 4]),
+        ([0, 0, 0], [0, 0, 1], [0, 0, 6], 1e6, [3.75, 5.5, 7]),
+    ],
+)
+def test_returns_worked_out_by_hand(
+    terminated: list[int], truncated: list[int], truncated_values: list[float], last: float, expected: list[float]
+) -> None:
+    rollout = rollout_of(
+        column([1.0, 2.0, 4.0]),
+        column([bool(flag) for flag in terminated]),
+        column([bool(flag) for flag in truncated]),
+        column([float(value) for value in truncated_values]),
+        [last],
+    )
+    assert n_step_returns(rollout, 0.5).squeeze(1).tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 7), st.integers(1, 5))
+def test_returns_agree_with_a_plain_recursion(seed: int, steps: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    rewards, cut_values, last = rng.normal(size=(steps, count)), rng.normal(size=(steps, count)), rng.normal(size=count)
+    terminated = rng.random((steps, count)) < 0.2
+    truncated = (rng.random((steps, count)) < 0.2) & ~terminated
+
+    def plain(t: int, i: int) -> float:
+        if t == steps:
+            return float(last[i])
+        if terminated[t, i]:
+            return float(rewards[t, i])
+        following = cut_values[t, i] if truncated[t, i] else plain(t + 1, i)
+        return float(rewards[t, i] + 0.9 * following)
+
+    arrays = (rewards, terminated, truncated, cut_values, last)
+    found = n_step_returns(rollout_of(*(array.tolist() for array in arrays)), 0.9)
+    expected = [[plain(t, i) for i in range(count)] for t in range(steps)]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+class Watched(MLPPolicy):
+    """Remembers what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__(2, (8,), 3, torch.Generator().manual_seed(1))
+        self.shown: list[np.ndarray] = []
+
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.shown.append(observations.numpy().copy())
+        return super().forward(observations)
+
+
+def collector(policy: MLPPolicy, mode: AutoresetMode, steps: int) -> Collector:
+    simulators = Simulators(vector(mode, TERMINATES, TRUNCATES))
+    return Collector(simulators, policy, steps, 1, torch.Generator().manual_seed(2))
+
+
+@MODES
+def test_the_value_of_the_final_observation_is_kept_where_an_episode_was_cut(mode: AutoresetMode) -> None:
+    policy = Watched()
+    rollout = collector(policy, mode, 4).collect()
+    with torch.no_grad():
+        final = policy(torch.tensor([[0.0, 2.0]]))[1].item()
+    expected = torch.zeros(4, 2)
+    # The second task is cut after steps 2 and, without a step lost to the reset, 4.
+    expected[1, 1] = final
+    if mode is AutoresetMode.SAME_STEP:
+        expected[3, 1] = final
+    torch.testing.assert_close(rollout.truncated_values, expected)
+
+
+def test_the_policy_sees_each_observation_once_and_goes_on_where_it_was() -> None:
+    policy = Watched()
+    collects = collector(policy, AutoresetMode.SAME_STEP, 2)
+    first, second = collects.collect(), collects.collect()
+    shown = [observations[0].tolist() for observations in policy.shown if len(observations) == 2]
+    # Two steps, then the value of what follows; the next rollout begins there.
+    assert shown == [[0, 0], [0, 1], [0, 2], [0, 2], [0, 0], [0, 1]]
+    assert first.rewards[:, 0].tolist() == [1, 2] and second.rewards[:, 0].tolist() == [4, 1]
+
+
+@MODES
+def test_values_and_log_probabilities_are_those_of_the_actions_taken(mode: AutoresetMode) -> None:
+    policy = Watched()
+    rollout = collector(policy, mode, 5).collect()
+    shown = [observations for observations in policy.shown if len(observations) == 2][:5]
+    logits, values = policy(torch.from_numpy(np.concatenate(shown)))
+    torch.testing.assert_close(rollout.values.flatten(), values)
+    log_policy = torch.log_softmax(logits, 1)
+    torch.testing.assert_close(rollout.entropies.flatten(), torch.distributions.Categorical(logits=logits).entropy())
+    distance = (rollout.log_probs.flatten()[:, None] - log_policy).abs().min(1).values
+    assert distance.max() < 1e-6
+    assert rollout.log_probs.requires_grad and not rollout.last_values.requires_grad
+
+
+def test_actions_follow_the_policys_probabilities() -> None:
+    class Fixed(Watched):
+        def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = torch.log(torch.tensor([0.7, 0.2, 0.1])).expand(len(observations), 3).requires_grad_()
+            return logits, torch.zeros(len(observations))
+
+    env = vector(AutoresetMode.SAME_STEP, TERMINATES)
+    collects = Collector(Simulators(env), Fixed(), 4000, 1, torch.Generator().manual_seed(3))
+    collects.collect()
+    shares = np.bincount(env.envs[0].unwrapped.actions, minlength=3) / 4000
+    # Five standard errors of a share of 0.7 among 4000.
+    np.testing.assert_allclose(shares, [0.7, 0.2, 0.1], atol=5 * np.sqrt(0.21 / 4000))
