@@ -46,11 +46,6 @@ class InNeighbour:
     lost: bool = False
     finished: bool = False
 
-    @property
-    def expected(self) -> bool:
-        """Whether a message from it is to be waited for."""
-        return not (self.lost or self.finished)
-
 
 @dataclass
 class ExchangeCounters:
@@ -120,12 +115,14 @@ class Gossip:
         """Post the parameters, then mix if the messages are there (or the bound on staleness says to wait)."""
         with self.counters.timed():
             self._post(update, agent_steps)
-            if not self._ready() and self._must_wait():
+            found, missing = self._look()
+            if missing and self._too_stale():
                 begin = time.perf_counter()
-                # Neighbours that stay silent become lost one by one, and a lost one is not waited for.
-                wait_until(self._ready, 2 * self._timeout_s)
+                # Ends: a neighbour that stays silent becomes lost, and a lost one is not missing.
+                wait_until(lambda: self._look()[1] == 0, 2 * self._timeout_s)
                 self.counters.wait_s += time.perf_counter() - begin
-            if self._ready():
+                found, missing = self._look()
+            if found and not missing:
                 self._mix()
             else:
                 self._pass_over()
@@ -155,8 +152,8 @@ class Gossip:
             )
             self.counters.messages_sent += 1
 
-    def _ready(self) -> bool:
-        """Whether every neighbour that is expected to has left a message, and there is one at all."""
+    def _look(self) -> tuple[int, int]:
+        """How many in-neighbours have left a message, and how many are expected to but have not."""
         now = time.monotonic()
         found = missing = 0
         for neighbour in self.in_neighbours:
@@ -171,22 +168,19 @@ class Gossip:
                 if neighbour.lost:
                     neighbour.lost = False
                     log.warning("rank %d is heard again and takes part in mixing", neighbour.rank)
+            elif now - neighbour.heard_at_s <= self._timeout_s:
+                missing += 1
             elif not neighbour.lost:
-                if now - neighbour.heard_at_s > self._timeout_s:
-                    neighbour.lost = True
-                    log.warning(
-                        "nothing heard from rank %d for %g s: it counts as lost and is left out of mixing",
-                        neighbour.rank,
-                        self._timeout_s,
-                    )
-                else:
-                    missing += 1
-        return found > 0 and missing == 0
+                neighbour.lost = True
+                log.warning(
+                    "nothing heard from rank %d for %g s: it counts as lost and is left out of mixing",
+                    neighbour.rank,
+                    self._timeout_s,
+                )
+        return found, missing
 
-    def _must_wait(self) -> bool:
-        if self._max_staleness is None or self.counters.staleness < self._max_staleness:
-            return False
-        return any(neighbour.expected for neighbour in self.in_neighbours)
+    def _too_stale(self) -> bool:
+        return self._max_staleness is not None and self.counters.staleness >= self._max_staleness
 
     def _pass_over(self) -> None:
         if self.in_neighbours:

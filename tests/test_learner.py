@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
+from scripted import vector
+from test_environments import LIVES, TERMINATES, TRUNCATES
 from test_rollout import rollout_of
 
 from gala_mpi.config import EnvironmentConfig, LearnerConfig
@@ -63,6 +67,23 @@ def test_a_rollout_without_a_valid_row_teaches_nothing() -> None:
     assert total.item() == 0 and (rollout.values.grad == 0).all() and (rollout.log_probs.grad == 0).all()
 
 
+@pytest.mark.parametrize("size", [1.0, -1e6, 1e15])
+def test_what_a_row_that_is_not_valid_holds_changes_nothing(size: float) -> None:
+    results = []
+    for value in (0.0, size):
+        rollout = hand_made()
+        # In the reset's row and in the value after it, which bootstraps that row alone.
+        rollout.rewards[1, 1], rollout.last_values[1] = value, value
+        with torch.no_grad():
+            for tensor in (rollout.values, rollout.log_probs, rollout.entropies):
+                tensor[1, 1] = value
+        total, policy_loss, value_loss, entropy, _ = actor_critic_loss(rollout, CONFIG)
+        total.backward()
+        gradients = [tensor.grad for tensor in (rollout.values, rollout.log_probs, rollout.entropies)]
+        results.append(torch.stack([total, policy_loss, value_loss, entropy, *torch.stack(gradients).flatten()]))
+    assert torch.equal(results[0].detach(), results[1].detach())
+
+
 class Tape:
     """Simulators that remember observations and actions for the plain implementation."""
 
@@ -86,7 +107,10 @@ class Tape:
 
 
 def plain_update(policy: Policy, optimizer: torch.optim.Optimizer, tape: Tape, config: LearnerConfig) -> None:
-    """A2C as in a textbook: forward over stored observations, returns by a loop, norm clipped, one step."""
+    """A2C as in a textbook: forward over stored observations, returns by a loop, norm clipped, one step.
+
+    Rows that are not valid are taken out, rather than weighted by zero.
+    """
     horizon = config.rollout_steps
     observations = [torch.from_numpy(o) for o in tape.observations[-horizon - 1 :]]
     steps, actions = tape.steps[-horizon:], tape.actions[-horizon:]
@@ -100,10 +124,11 @@ def plain_update(policy: Policy, optimizer: torch.optim.Optimizer, tape: Tape, c
                 following[step.truncated] = policy(torch.from_numpy(step.final_observations))[1].numpy()
         following = step.rewards + config.gamma * following * ~step.terminated
         returns.insert(0, following)
-    logits, values = policy(torch.cat(observations[:-1]))
+    valid = np.concatenate([step.valid for step in steps])
+    logits, values = policy(torch.cat(observations[:-1])[torch.from_numpy(valid)])
     distribution = torch.distributions.Categorical(logits=logits)
-    advantage = torch.from_numpy(np.concatenate(returns)).float() - values
-    chosen = distribution.log_prob(torch.from_numpy(np.concatenate(actions)))
+    advantage = torch.from_numpy(np.concatenate(returns)[valid]).float() - values
+    chosen = distribution.log_prob(torch.from_numpy(np.concatenate(actions)[valid]))
     loss = (
         -(chosen * advantage.detach()).mean()
         + config.value_weight * advantage.pow(2).mean()
@@ -115,17 +140,44 @@ def plain_update(policy: Policy, optimizer: torch.optim.Optimizer, tape: Tape, c
     optimizer.step()
 
 
-@pytest.mark.parametrize(("env", "updates"), [("CartPole-v1", 50), ("ALE/Pong-v5", 8)])
+def cut_short() -> Simulators:
+    """CartPole in games of at most 12 steps: some fall, some are cut."""
+    return Simulators(
+        gymnasium.make_vec(
+            "CartPole-v1",
+            num_envs=2,
+            vectorization_mode="sync",
+            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+            max_episode_steps=12,
+        )
+    )
+
+
+def every_edge() -> Simulators:
+    """Lost lives, FIRE, ends, cuts and steps that only reset."""
+    env = vector(AutoresetMode.NEXT_STEP, LIVES, TERMINATES, TRUNCATES)
+    return Simulators(env, clip_rewards=True, episodic_life=True, fire_after_life=True)
+
+
+@pytest.mark.parametrize(
+    ("env", "updates"), [("CartPole-v1", 50), ("CartPole, cut short", 20), ("every edge", 20), ("ALE/Pong-v5", 8)]
+)
 def test_updates_give_the_parameters_of_a_plain_implementation(env: str, updates: int) -> None:
-    """Episodes that end, and CartPole's first ones do, are among them."""
+    """Episodes that end are among them, and in the tasks made for it those that are cut, and rows not valid."""
     torch.set_num_threads(1)
     config = LearnerConfig()
+    makers = {"CartPole, cut short": cut_short, "every edge": every_edge}
+    simulators = (
+        makers[env]() if env in makers else make_simulators(EnvironmentConfig(env=env, simulators=2), threads=1)
+    )
 
     def network() -> Policy:
         generator = torch.Generator().manual_seed(4)
-        return AtariPolicy(6, generator) if env.startswith("ALE") else MLPPolicy(4, (64, 64), 2, generator)
+        if env.startswith("ALE"):
+            return AtariPolicy(6, generator)
+        return MLPPolicy(simulators.observation_shape[0], (64, 64), simulators.actions, generator)
 
-    tape = Tape(make_simulators(EnvironmentConfig(env=env, simulators=2), threads=1))
+    tape = Tape(simulators)
     policy, plain = network(), network()
     learner = Learner(FlatParameters(policy), config, 7e-4)
     optimizer = torch.optim.RMSprop(plain.parameters(), lr=7e-4, alpha=config.rmsprop_alpha, eps=config.rmsprop_epsilon)
@@ -133,8 +185,10 @@ def test_updates_give_the_parameters_of_a_plain_implementation(env: str, updates
     for _ in range(updates):
         learner.update(collector.collect(), 0.0, measure=False)
         plain_update(plain, optimizer, tape, config)
-    if env == "CartPole-v1":
+    if not env.startswith("ALE"):
         assert any(step.terminated.any() for step in tape.steps)
+    assert any(step.truncated.any() for step in tape.steps) == (env in makers)
+    assert all(step.valid.all() for step in tape.steps) == (env != "every edge")
     initial = network().state_dict()
     for name, expected in plain.state_dict().items():
         found = policy.state_dict()[name]
@@ -187,3 +241,54 @@ def test_a_short_gradient_is_left_as_it_is() -> None:
     learner, flat, collector = small_learner(dataclasses.replace(LearnerConfig(), max_grad_norm=1e6))
     losses = learner.update(collector.collect(), 0.0, measure=False)
     torch.testing.assert_close(flat.grad.norm(), losses.grad_norm, rtol=0, atol=0)
+
+
+def test_the_optimiser_takes_the_averaged_gradient_once_an_update() -> None:
+    calls = []
+
+    def replace(grad: torch.Tensor) -> None:
+        calls.append(1)
+        grad.fill_(0).view(-1)[0] = 0.25
+
+    learner, flat, collector = small_learner(LearnerConfig(), average_gradient=replace)
+    before = flat.data.clone()
+    for update in range(1, 4):
+        learner.update(collector.collect(), 0.0, measure=False)
+        assert len(calls) == update
+    change = flat.data - before
+    assert (change[1:] == 0).all()
+    # RMSprop on a gradient of 0.25, below the clip: after k steps the mean square is (1 - 0.99^k) 0.25^2, so each
+    # step is 0.01 * 0.25 / (0.25 sqrt(1 - 0.99^k) + 1e-5), for k = 1, 2, 3: 0.1, 0.0708881 and 0.0580259, less
+    # a part in 25,000 or so.
+    expected = -sum(0.0025 / (0.25 * (1 - 0.99**k) ** 0.5 + 1e-5) for k in (1, 2, 3))
+    assert change[0].item() == pytest.approx(expected, rel=1e-4) == pytest.approx(-0.228914, rel=1e-3)
+
+
+def explained(rollout: Rollout) -> float:
+    learner, _, _ = small_learner(CONFIG)
+    return learner.update(rollout, 0.0, measure=False).explained_variance.item()
+
+
+def test_the_explained_variance_worked_out_by_hand() -> None:
+    rollout = hand_made()
+    rollout.valid[:] = True
+    rollout.rewards[1, 1], rollout.last_values[1] = 5.0, 4.0
+    rollout.values.data[1, 1] = 6.0
+    # Returns 3, 4, 2 and 5 + 0.5 * 4 = 7: mean 4, squares 1 + 0 + 4 + 9 = 14. Errors 2, 2, -3 and 1: mean 0.5,
+    # squares 2.25 + 2.25 + 12.25 + 0.25 = 17.
+    assert explained(rollout) == pytest.approx(1 - 17 / 14)
+
+
+def test_the_explained_variance_is_that_of_the_valid_rows() -> None:
+    # Returns 3, 4 and 2: variance 1. Errors 2, 2 and -3: mean 1/3, squares 25/9 + 25/9 + 100/9, variance 25/3.
+    assert explained(hand_made()) == pytest.approx(1 - 25 / 3)
+
+
+def test_one_step_of_one_simulator_is_a_rollout() -> None:
+    config = LearnerConfig(rollout_steps=1)
+    policy = MLPPolicy(4, (8,), 2, torch.Generator().manual_seed(1))
+    learner = Learner(FlatParameters(policy), config, 1e-2)
+    simulators = make_simulators(EnvironmentConfig(env="CartPole-v1", simulators=1), threads=1)
+    losses = learner.update(Collector(simulators, policy, 1, 1, torch.Generator()).collect(), 0.0, measure=True)
+    # Nothing varies, so nothing can be said of the variance; but neither a warning nor an infinity.
+    assert losses.update_norm > 0 and not torch.isinf(losses.explained_variance)

@@ -37,14 +37,39 @@ def test_layers_are_orthogonal_of_the_stated_gain() -> None:
     head = atari.head.weight
     torch.testing.assert_close(head[:6] @ head[:6].T, 1e-4 * torch.eye(6), rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(head[6].norm(), torch.tensor(1.0))
-    flat = atari.body[2].weight.flatten(1)
-    torch.testing.assert_close(flat @ flat.T, 2 * torch.eye(64), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(policy.critic[4].weight.norm(), torch.tensor(1.0))
+    assert torch.equal(atari.head.bias, torch.zeros(7))
+    for index in (0, 2, 4, 7):
+        flat = atari.body[index].weight.flatten(1)
+        torch.testing.assert_close(flat @ flat.T, 2 * torch.eye(len(flat)), rtol=1e-4, atol=1e-5)
+        assert (atari.body[index].bias == 0).all()
 
 
 def test_the_first_policy_is_all_but_uniform() -> None:
     frames = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8, generator=generator())
     probabilities = AtariPolicy(6, generator())(frames)[0].softmax(1)
     assert (probabilities - 1 / 6).abs().max() < 0.02
+    # Tanh units of at most 1, 64 of them, under rows of norm 0.01: logits within 0.08, and mostly far within.
+    flat = 10 * torch.randn(50, 4, generator=generator())
+    logits = MLPPolicy(4, (64, 64), 2, generator())(flat)[0]
+    assert 0 < logits.abs().max() < 0.08
+
+
+def test_the_two_heads_of_a_flat_task_share_nothing() -> None:
+    policy = MLPPolicy(3, (5,), 2, generator())
+    policy(torch.ones(4, 3))[1].sum().backward()
+    assert all(parameter.grad is None for parameter in policy.actor.parameters())
+    assert all(parameter.grad is not None for parameter in policy.critic.parameters())
+
+
+def test_what_comes_in_is_left_as_it_is() -> None:
+    # Pixels of 255 become 1 within the network, in a copy of it.
+    frames = torch.full((1, 4, 84, 84), 255, dtype=torch.uint8)
+    as_floats = frames.float()
+    policy = AtariPolicy(6, generator())
+    torch.testing.assert_close(policy(frames), policy(as_floats.clone()))
+    policy(frames)
+    assert (frames == 255).all()
 
 
 def test_frames_are_scaled_to_one() -> None:

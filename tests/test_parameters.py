@@ -79,3 +79,45 @@ def test_on_a_cpu_host_memory_is_the_buffer_itself() -> None:
     flat.host()[:] = np.arange(12)
     flat.store_host()
     assert flat.data.tolist() == list(range(12))
+
+
+def test_one_matrix_under_two_parameters_is_refused() -> None:
+    # Each of them would get a copy of its own, and what was one matrix would be two from then on.
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = nn.Parameter(module[0].weight.detach().t())
+    with pytest.raises(ValueError, match="shared"):
+        FlatParameters(module)
+
+
+def test_what_is_written_into_the_buffer_is_what_the_module_computes_with() -> None:
+    policy, other = (MLPPolicy(3, (5,), 2, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    flat, source = FlatParameters(policy), FlatParameters(other)
+    observations = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
+    assert not torch.equal(policy(observations)[0], other(observations)[0])
+    flat.data.copy_(source.data)
+    for found, expected in zip(policy(observations), other(observations), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_flag_travels_behind_the_gradient_and_is_no_part_of_it() -> None:
+    policy = MLPPolicy(3, (5,), 2, torch.Generator().manual_seed(1))
+    flat = FlatParameters(policy)
+    assert flat.grad_and_flag.shape == (flat.size + 1,) and flat.grad.shape == (flat.size,)
+    flat.grad_and_flag[-1] = 7
+    logits, values = policy(torch.ones(4, 3))
+    (logits.sum() + values.sum()).backward()
+    assert flat.grad_and_flag[-1] == 7
+    assert torch.equal(flat.grad_and_flag[:-1], flat.grad) and flat.grad.data_ptr() == flat.grad_and_flag.data_ptr()
+    flat.grad.zero_()
+    assert flat.grad_and_flag[-1] == 7
+
+
+def test_an_optimiser_of_the_one_flat_parameter_moves_the_module() -> None:
+    policy = MLPPolicy(3, (5,), 2, torch.Generator().manual_seed(1))
+    flat = FlatParameters(policy)
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    logits, values = policy(torch.ones(4, 3))
+    (logits.square().sum() + values.sum()).backward()
+    torch.optim.SGD([flat.parameter], lr=0.5).step()
+    for parameter, old in zip(policy.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), old - 0.5 * parameter.grad)

@@ -9,9 +9,9 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import vector
-from test_environments import MODES, TERMINATES, TRUNCATES
+from test_environments import LIVES, MODES, TERMINATES, TRUNCATES
 
-from gala_mpi.environments import Simulators
+from gala_mpi.environments import Episode, Simulators
 from gala_mpi.networks import MLPPolicy
 from gala_mpi.rollout import Collector, Rollout, n_step_returns
 
@@ -72,6 +72,26 @@ def test_returns_worked_out_by_hand(
         [last],
     )
     assert n_step_returns(rollout, 0.5).squeeze(1).tolist() == expected
+
+
+def test_simulators_side_by_side_do_not_mix() -> None:
+    # Gamma 0.5. One simulator plays on, one is over at the second step, one is cut there, and one is over at the
+    # first step and then only resets: its second row holds what it may, and is no part of either game.
+    rollout = rollout_of(
+        [[1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 1e6], [4.0, 4.0, 4.0, 4.0]],
+        [[False, False, False, True], [False, True, False, False], [False] * 4],
+        [[False] * 4, [False, False, True, False], [False] * 4],
+        [[0.0] * 4, [0.0, 0.0, 10.0, 0.0], [0.0] * 4],
+        [8.0, 16.0, 24.0, 32.0],
+        [[True] * 4, [True, True, True, False], [True] * 4],
+    )
+    returns = n_step_returns(rollout, 0.5)
+    # 4 + 0.5 * (8, 16, 24, 32) in the last row.
+    assert returns[2].tolist() == [8, 12, 16, 20]
+    # 2 + 0.5 * 8; over: 2; cut: 2 + 0.5 * 10.
+    assert returns[1, :3].tolist() == [6, 2, 7]
+    # 1 + 0.5 * (6, 2, 7); over: 1.
+    assert returns[0].tolist() == [4, 2, 4.5, 1]
 
 
 @settings(deadline=None)
@@ -163,3 +183,24 @@ def test_actions_follow_the_policys_probabilities() -> None:
     shares = np.bincount(env.envs[0].unwrapped.actions, minlength=3) / 4000
     # Five standard errors of a share of 0.7 among 4000.
     np.testing.assert_allclose(shares, [0.7, 0.2, 0.1], atol=5 * np.sqrt(0.21 / 4000))
+
+
+@MODES
+def test_no_return_that_is_learned_from_holds_what_a_row_that_is_not_valid_gave(mode: AutoresetMode) -> None:
+    simulators = Simulators(vector(mode, LIVES, TERMINATES, TRUNCATES), episodic_life=True, fire_after_life=True)
+    rollout = Collector(simulators, Watched(), 9, 1, torch.Generator().manual_seed(2)).collect()
+    assert (~rollout.valid).any(0)[0] and (mode is AutoresetMode.SAME_STEP or (~rollout.valid).any(0).all())
+    before = n_step_returns(rollout, 0.9)
+    rollout.rewards[~rollout.valid] = 1e6
+    after = n_step_returns(rollout, 0.9)
+    assert torch.equal(before[rollout.valid], after[rollout.valid])
+    assert not torch.equal(before, after)
+
+
+@MODES
+def test_a_rollout_brings_every_game_that_ended_in_it(mode: AutoresetMode) -> None:
+    collects = collector(Watched(), mode, 6)
+    # Games of 3 and of 2 steps; a reset of its own makes them 4 and 3.
+    same = [Episode(1, 24.0, 2), Episode(0, 7.0, 3), Episode(1, 24.0, 2), Episode(0, 7.0, 3), Episode(1, 24.0, 2)]
+    following = [Episode(1, 24.0, 2), Episode(0, 7.0, 3), Episode(1, 24.0, 2)]
+    assert collects.collect().episodes == (following if mode is AutoresetMode.NEXT_STEP else same)

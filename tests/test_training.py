@@ -171,6 +171,37 @@ def test_every_rank_ends_when_one_is_ten_times_slower(
         assert max(int(rows(run, rank, "updates")["staleness"].max()) for rank in range(3)) >= staleness
 
 
+SILENT = """
+import sys, time
+from gala_mpi import cli, rollout
+from mpi4py import MPI
+collect, calls = rollout.Collector.collect, []
+def silent(self):
+    calls.append(1)
+    if MPI.COMM_WORLD.rank == 1 and len(calls) == 40:
+        time.sleep(6)
+    return collect(self)
+rollout.Collector.collect = silent
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+def test_a_silent_neighbour_is_lost_and_found_again(mpi: Mpi, tmp_path: Path) -> None:
+    """Ranks wait for their neighbour at every update, but no longer than the time after which it counts as lost."""
+    run = tmp_path / "run"
+    args = ("--max-staleness", "0", "--neighbour-timeout-s", "1", "--time-limit-s", "12", "--out", str(run))
+    done = mpi.run(3, "-c", SILENT, *COMMAND[3:], "--total-steps", "1_000_000_000", *args)
+    assert done.returncode == 0, done.stderr
+    assert "[2/3] WARNING: nothing heard from rank 1 for 1 s" in done.stderr
+    assert "[2/3] WARNING: rank 1 is heard again" in done.stderr
+    lost = rows(run, 2, "neighbours")["lost"]
+    assert lost.any() and not lost[-1]
+    table = rows(run, 2, "updates")
+    # While its neighbour was silent rank 2 went on alone, and mixes again at the end.
+    assert int(np.diff(table["messages_mixed"])[-20:].sum()) >= 15
+    assert table["staleness"].max() > 20
+
+
 def test_a_time_limit_ends_all_ranks(one_mpi: Mpi, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = one_mpi.run(2, *COMMAND, "--time-limit-s", "2", "--total-steps", "1_000_000_000", "--out", str(run))
