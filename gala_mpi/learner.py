@@ -38,6 +38,12 @@ def actor_critic_loss(
     return total, policy_loss, value_loss, entropy, returns
 
 
+def _variance(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Variance over the valid rows; 0 where there is none."""
+    weight = valid / valid.sum().clamp(min=1)
+    return (weight * (values - (weight * values).sum()).square()).sum()
+
+
 class Learner:
     """RMSprop on the flat parameters, with the norm of the gradient bounded.
 
@@ -76,12 +82,12 @@ class Learner:
         before = flat.data.clone() if measure else flat.data
         self._optimizer.step()
         with torch.no_grad():
-            variance = returns.var()
+            unexplained = _variance(returns - rollout.values, rollout.valid)
             return Losses(
                 policy_loss=policy_loss.detach(),
                 value_loss=value_loss.detach(),
                 entropy=entropy.detach(),
                 grad_norm=grad_norm,
-                explained_variance=1 - (returns - rollout.values).var() / variance.clamp(min=1e-12),
+                explained_variance=1 - unexplained / _variance(returns, rollout.valid).clamp(min=1e-12),
                 update_norm=torch.linalg.vector_norm(flat.data - before) if measure else returns.new_zeros(()),
             )

@@ -24,7 +24,11 @@ class FlatParameters:
         if not named:
             raise ValueError("the module has no parameters")
         device = named[0][1].device
+        owners: dict[int, str] = {}
         for name, parameter in named:
+            owner = owners.setdefault(parameter.data_ptr(), name)
+            if owner != name and parameter.numel() > 0:
+                raise ValueError(f"parameter {name} is shared with {owner} as a view of its own")
             if parameter.dtype != torch.float32 or parameter.device != device:
                 raise ValueError(
                     f"parameter {name} is {parameter.dtype} on {parameter.device}; all must be float32 on {device}"

@@ -61,7 +61,7 @@ TABLES = (
             Column("entropy", "<f4", "nat", "mean entropy of the policy"),
             Column("grad_norm", "<f4", "1", "norm of the gradient before clipping"),
             Column("update_norm", "<f4", "1", "norm of the optimiser's change of the parameters at this update"),
-            Column("explained_variance", "<f4", "1", "1 - var(returns - values) / var(returns)"),
+            Column("explained_variance", "<f4", "1", "1 - var(returns - values) / var(returns), over the valid rows"),
             Column("rollout_s", "<f8", "s", "sum: collecting rollouts"),
             Column("learn_s", "<f8", "s", "sum: gradient and optimiser, without the exchange"),
             Column("exchange_s", "<f8", "s", "sum: exchange, waits included"),

@@ -107,6 +107,14 @@ def test_episodic_life_and_clipping_leave_the_recorded_game_whole(mode: Autorese
     )
 
 
+def test_a_life_that_is_won_ends_nothing() -> None:
+    # Three lives, then four, then three again: one is lost, at the third step.
+    script = [[(0.0, False, False, 3), (0.0, False, False, 4), (0.0, False, False, 3), (0.0, True, False, 3)]]
+    steps = steps_of(Simulators(vector(SAME, script), episodic_life=True, fire_after_life=True), 4)
+    assert column(steps, "terminated") == [False, False, True, True]
+    assert column(steps, "valid") == [True, True, True, False]
+
+
 def test_without_episodic_life_lost_lives_mean_nothing() -> None:
     steps = steps_of(Simulators(vector(SAME, LIVES)), 5)
     assert column(steps, "terminated") == [False, False, False, False, True]
@@ -138,21 +146,22 @@ class Canned(VectorEnv[Any, Any, Any]):
         self._steps = iter(steps)
 
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[np.ndarray, dict]:
-        return np.zeros((self.num_envs, 1), np.float32), {}
+        return np.zeros((self.num_envs, 1), np.float32), {"lives": np.full(self.num_envs, 3)}
 
     def step(self, actions: np.ndarray) -> tuple:
         observations, rewards, terminated, truncated, info = next(self._steps)
         return np.array(observations)[:, None], np.array(rewards), np.array(terminated), np.array(truncated), info
 
 
-def test_a_row_that_only_resets_counts_for_nothing_whatever_it_holds() -> None:
+@pytest.mark.parametrize(("ends", "cut"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_row_that_only_resets_counts_for_nothing_whatever_it_holds(ends: bool, cut: bool) -> None:
     simulators = Simulators(
         Canned(
             NEXT,
             [
                 ([1, 1], [3.0, 1.0], [True, False], [False, False], {}),
                 # The first simulator resets: its reward and its flags are of no game.
-                ([0, 2], [100.0, 1.0], [True, False], [True, False], {}),
+                ([0, 2], [100.0, 1.0], [ends, False], [cut, False], {}),
                 ([1, 3], [5.0, 1.0], [False, False], [True, False], {}),
             ],
         )
@@ -182,6 +191,12 @@ def test_final_observations_are_those_of_the_truncated_rows_in_order() -> None:
     assert finals is not None and finals.tolist() == [[10], [13]]
 
 
+def test_a_life_can_be_lost_in_the_first_step_of_all() -> None:
+    # Both begin with three lives.
+    step = ([1, 1], [0.0, 0.0], [False, False], [False, False], {"lives": np.array([2, 3])})
+    assert steps_of(Simulators(Canned(SAME, [step]), episodic_life=True), 1)[0].terminated.tolist() == [True, False]
+
+
 @pytest.mark.parametrize("fire", [False, True])
 @MODES
 @settings(deadline=None, max_examples=25)
@@ -199,7 +214,7 @@ def test_the_learner_sees_the_script_and_nothing_else(mode: AutoresetMode, fire:
         )
 
     expected, games = [], []
-    for number, game in enumerate(script * 20):
+    for number, game in enumerate(script * 30):
         before, pressed = game[0][3], False
         for t, (reward, terminated, truncated, lives) in enumerate(game):
             lost = lives < before and not (terminated or truncated)
@@ -299,7 +314,14 @@ def test_atari_settings_reach_the_emulator_and_final_frames_are_the_last_ones() 
     from ale_py.vector_env import AtariVectorEnv
 
     config = EnvironmentConfig(
-        env="ALE/Breakout-v5", simulators=2, frame_skip=3, noop_max=5, sticky_actions=0.25, max_frames=100
+        env="ALE/Breakout-v5",
+        simulators=2,
+        frame_skip=3,
+        noop_max=5,
+        sticky_actions=0.25,
+        max_frames=100,
+        # Else FIRE would take the place of an action here and there.
+        episodic_life=False,
     )
     by_hand = AtariVectorEnv(
         "breakout",
