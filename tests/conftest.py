@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SECOND_ENV = Path(os.environ.get("GALA_MPI_SECOND_ENV", ROOT / ".venv-openmpi"))
+# Absolute, as tests change the folder; not resolved, as an environment is where its link to Python lies.
+SECOND_ENV = Path(os.environ.get("GALA_MPI_SECOND_ENV", ROOT / ".venv-openmpi")).absolute()
 LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "PRTE_", "OMPI_", "MPIR_CVAR_", "HYDRA_", "SLURM_", "FI_", "UCX_")
 
 
