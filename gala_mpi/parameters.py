@@ -38,13 +38,11 @@ class FlatParameters:
         # One element more than the gradient: a flag that can travel with it in one all-reduce.
         self.grad_and_flag = torch.zeros(self.size + 1, device=device)
         self.grad = self.grad_and_flag[: self.size]
-        self.offsets: dict[str, int] = {}
         offset = 0
-        for name, parameter in named:
+        for _, parameter in named:
             values = parameter.detach()
             parameter.data = self._view(self.data, offset, values).copy_(values)
             parameter.grad = self._view(self.grad, offset, values)
-            self.offsets[name] = offset
             offset += parameter.numel()
         # The optimiser sees one parameter, whose storage is the flat buffer itself.
         self.parameter = nn.Parameter(self.data)
