@@ -26,6 +26,8 @@ class PublishesFirst(Outbox):
     def post(self, payload: np.ndarray, **header: Any) -> None:
         published = self._back
         after = self._window.swap(self.target, self._place.control, published | FRESH) & 3
+        # Long enough for a receiver that polls to come by, also on a busy machine.
+        time.sleep(200e-6)
         swap, self._window.swap = self._window.swap, lambda *_: after
         super().post(payload, **header)
         self._window.swap = swap
@@ -39,7 +41,7 @@ class PublishesHalf(Outbox):
         half = payload.copy()
         half[len(half) // 2 :] = 0
         super().post(half, **header)
-        time.sleep(50e-6)
+        time.sleep(200e-6)
         self._window.put(payload, self.target, slot)
         self._window.flush(self.target)
 
