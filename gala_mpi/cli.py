@@ -80,6 +80,8 @@ def train(args: list[str]) -> int:
             print(f"[{comm.rank}/{comm.size}] {line}", file=sys.stderr)
         sys.stderr.flush()
         # The other ranks may wait for this one in a collective call: end them too.
+        # But not at once: a launcher may drop what it has not forwarded yet.
+        time.sleep(0.5)
         comm.Abort(EXIT_ERROR)
         return EXIT_ERROR
 

@@ -316,6 +316,7 @@ def main() -> None:
         else:
             traceback.print_exc()
             sys.stderr.flush()
+        time.sleep(0.5)  # the launcher may drop what it has not forwarded yet
         comm.Abort(1)
 
 
