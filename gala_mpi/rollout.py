@@ -70,13 +70,12 @@ class Collector:
         for t in range(self._steps):
             logits, values = self._policy(self._observations)
             log_policy = torch.log_softmax(logits, dim=1)
-            with torch.no_grad():
-                probabilities = log_policy.exp()
-                actions = torch.multinomial(probabilities, 1, generator=self._generator)
+            probabilities = log_policy.exp()
+            actions = torch.multinomial(probabilities.detach(), 1, generator=self._generator)
             step = self._simulators.step(actions.squeeze(1).cpu().numpy())
             columns["log_probs"].append(log_policy.gather(1, actions).squeeze(1))
             columns["values"].append(values)
-            columns["entropies"].append(-(log_policy.exp() * log_policy).sum(1))
+            columns["entropies"].append(-(probabilities * log_policy).sum(1))
             for name, column in arrays.items():
                 column.append(getattr(step, name))
             if step.final_observations is not None:

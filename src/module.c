@@ -95,14 +95,6 @@ static void release(Py_buffer *views, Py_ssize_t count)
     PyMem_Free(views);
 }
 
-/* The items of a sequence as float32 or wire buffers; *taken of them are held, also after a failure. */
-static Py_buffer *take_all(PyObject *items, Py_ssize_t *taken)
-{
-    Py_ssize_t size = PySequence_Size(items);
-    *taken = 0;
-    return size < 0 ? NULL : PyMem_Calloc((size_t)size + 1, sizeof(Py_buffer));
-}
-
 PyDoc_STRVAR(pack_doc,
 "pack(sources, out, wire='float32')\n--\n\n"
 "Gather float32 buffers, in order, into one buffer of the wire type.\n\n"
@@ -125,8 +117,13 @@ static PyObject *py_pack(PyObject *Py_UNUSED(module), PyObject *args, PyObject *
         find_wire(wire_name, &wire) < 0)
         return NULL;
     list = PySequence_List(sources);
-    if (list == NULL || (views = take_all(list, &taken)) == NULL)
+    if (list == NULL)
         goto done;
+    views = PyMem_Calloc((size_t)PyList_Size(list) + 1, sizeof *views);
+    if (views == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
     for (; taken < PyList_Size(list); taken++) {
         if (take_float32(PyList_GetItem(list, taken), "sources", 0, &views[taken]) < 0)
             goto done;
