@@ -7,7 +7,6 @@ be used; 75 stopped by a signal before that.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -22,9 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import tyro
-
-from gala_mpi import __version__
+from gala_mpi import __version__, arguments
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, load_preset
 from gala_mpi.environments import check_environment
@@ -37,6 +34,7 @@ if TYPE_CHECKING:
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_STOPPED = 1, 2, 75
 CONFIG_FILE = "config.toml"
+TRAIN_HELP = "Train a policy: mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/pong"
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
@@ -48,12 +46,20 @@ def main() -> NoReturn:
     # The default command may be left out; others stand first.
     command, rest = (args[0], args[1:]) if args and args[0] in COMMANDS else ("train", args)
     if "--help" in rest or "-h" in rest:
-        sys.exit(_print_once(help_text(rest)))
+        sys.exit(_print_once(HELP[command](rest)))
     sys.exit(COMMANDS[command](rest))
 
 
 def train(args: list[str]) -> int:
     """Train; returns the exit code. Collective over all ranks of the job."""
+    return under_mpi(lambda comm: _train(args, comm))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train}
+
+
+def under_mpi(run: Callable[[MPI.Intracomm], int]) -> int:
+    """The exit code of `run` on all ranks of the job. An exception on any rank ends the job. Collective."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -67,12 +73,10 @@ def train(args: list[str]) -> int:
     comm = MPI.COMM_WORLD
     logging.basicConfig(format=f"[{comm.rank}/{comm.size}] %(levelname)s: %(message)s", stream=sys.stderr)
     try:
-        return _train(args, comm)
+        return run(comm)
     except UsageError as error:
         # Raised on all ranks alike: one of them speaks.
-        if comm.rank == 0:
-            print(f"gala-mpi: error: {error}", file=sys.stderr, flush=True)
-        return EXIT_CONFIG
+        return refuse(error) if comm.rank == 0 else EXIT_CONFIG
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
@@ -86,7 +90,10 @@ def train(args: list[str]) -> int:
         return EXIT_ERROR
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train}
+def refuse(error: UsageError) -> int:
+    """Say what cannot be done; returns the exit code for it."""
+    print(f"gala-mpi: error: {error}", file=sys.stderr, flush=True)
+    return EXIT_CONFIG
 
 
 def _train(args: list[str], comm: MPI.Intracomm) -> int:
@@ -115,13 +122,7 @@ def parse(args: list[str]) -> TrainConfig:
             preset = args[index + 1]
         elif arg.startswith("--preset="):
             preset = arg.partition("=")[2]
-    default = load_preset(preset)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return _tyro(args, default)
-    except SystemExit as error:
-        raise UsageError(_one_line(said.getvalue())) from error
+    return arguments.parse(TrainConfig, "train", TRAIN_HELP, args, load_preset(preset))
 
 
 def check(config: TrainConfig, size: int) -> TrainConfig:
@@ -136,32 +137,13 @@ def check(config: TrainConfig, size: int) -> TrainConfig:
     return config
 
 
-def _tyro(args: list[str], default: TrainConfig) -> TrainConfig:
-    return tyro.cli(
-        TrainConfig,
-        prog="gala-mpi train",
-        description="Train a policy: mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/pong",
-        args=args,
-        default=default,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-
-
-def _one_line(box: str) -> str:
-    """The message of a parser's error box: the lines between its title and the next rule."""
-    lines = [re.sub(r"^[\s│|]+|[\s│|]+$", "", line) for line in box.splitlines()]
-    rules = [index for index, line in enumerate(lines) if re.fullmatch(r"[─╭╮╰╯-]{5,}", line)]
-    body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
-    return " ".join(line for line in body if line) + " (see gala-mpi train --help)"
-
-
 def help_text(args: list[str]) -> str:
     """What `gala-mpi train --help` prints, with the defaults of the preset that `args` name."""
     preset = args[args.index("--preset") + 1] if "--preset" in args[:-1] else RunConfig.preset
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        _tyro(["--help"], load_preset(preset))
-    return said.getvalue()
+    return arguments.help_text(TrainConfig, "train", TRAIN_HELP, load_preset(preset))
+
+
+HELP: dict[str, Callable[[list[str]], str]] = {"train": help_text}
 
 
 def _print_once(text: str) -> int:

@@ -9,7 +9,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "gala_mpi"
 ORDER = (
-    *("config", "collective", "topology", "parameters", "_native", "waiting", "window", "mailbox", "gossip"),
+    *(
+        "config",
+        "arguments",
+        "collective",
+        "topology",
+        "parameters",
+        "_native",
+        "waiting",
+        "window",
+        "mailbox",
+        "gossip",
+    ),
     *("exchange", "environments", "networks", "rollout", "learner", "board", "schema", "recorder", "monitor"),
     *("agent", "cli", "__main__"),
 )

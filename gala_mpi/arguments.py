@@ -1,0 +1,52 @@
+"""Reading a command's arguments into its frozen dataclass; what is wrong with them becomes one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from typing import TypeVar, cast
+
+import tyro
+
+from gala_mpi.config import UsageError
+
+T = TypeVar("T")
+
+
+def parse(options: type[T], command: str, description: str, args: list[str], default: T | None = None) -> T:
+    """The `options` that `args` describe, on top of `default`. Raises UsageError, whose text is one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            return _tyro(options, command, description, args, default)
+    except SystemExit as error:
+        raise UsageError(f"{_one_line(said.getvalue())} (see gala-mpi {command} --help)") from error
+
+
+def help_text(options: type[T], command: str, description: str, default: T | None = None) -> str:
+    """What `gala-mpi COMMAND --help` prints."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        _tyro(options, command, description, ["--help"], default)
+    return said.getvalue()
+
+
+def _tyro(options: type[T], command: str, description: str, args: list[str], default: T | None) -> T:
+    made = tyro.cli(
+        options,
+        prog=f"gala-mpi {command}",
+        description=description,
+        args=args,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return cast(T, made)
+
+
+def _one_line(box: str) -> str:
+    """The message of a parser's error box: the lines between its title and the next rule."""
+    lines = [re.sub(r"^[\s│|]+|[\s│|]+$", "", line) for line in box.splitlines()]
+    rules = [index for index, line in enumerate(lines) if re.fullmatch(r"[─╭╮╰╯-]{5,}", line)]
+    body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return " ".join(line for line in body if line)
