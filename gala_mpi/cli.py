@@ -55,7 +55,17 @@ def train(args: list[str]) -> int:
     return under_mpi(lambda comm: _train(args, comm))
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train}
+def topology(args: list[str]) -> int:
+    """Describe and draw a topology; returns the exit code. Local: without MPI."""
+    from gala_mpi import topology_report
+
+    try:
+        return _print_once(topology_report.report(args))
+    except UsageError as error:
+        return refuse(error)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "topology": topology}
 
 
 def under_mpi(run: Callable[[MPI.Intracomm], int]) -> int:
@@ -143,7 +153,14 @@ def help_text(args: list[str]) -> str:
     return arguments.help_text(TrainConfig, "train", TRAIN_HELP, load_preset(preset))
 
 
-HELP: dict[str, Callable[[list[str]], str]] = {"train": help_text}
+def topology_help(args: list[str]) -> str:
+    """What `gala-mpi topology --help` prints."""
+    from gala_mpi import topology_report
+
+    return topology_report.help_text(args)
+
+
+HELP: dict[str, Callable[[list[str]], str]] = {"train": help_text, "topology": topology_help}
 
 
 def _print_once(text: str) -> int:

@@ -1,0 +1,99 @@
+"""A graph of the user's own, from a text file: one edge a line, `source target [weight]`.
+
+Blank lines and what follows a `#` are left out. Either every edge has a weight or none has. Weights are what
+the target gives to the source's message; a target's own parameters keep the rest. Without weights a target
+gives 1 / (1 + in-degree) to each message and to itself. All of this is local: every rank reads the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+from gala_mpi.config import ConfigError
+
+InWeights = tuple[dict[int, float], ...]
+"""in_weights[target][source]: the edges of a graph and their weights."""
+FORMAT = "a line `source target`, or `source target weight`"
+
+
+def read_edge_list(path: Path, size: int) -> InWeights:
+    """The graph over `size` ranks in the file at `path`, sources ascending.
+
+    Raises ConfigError, which names the file and the line, for anything but a strongly connected graph without
+    self loops and duplicates, whose weights are above 0 and leave something to each target's own parameters.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("topology", str(path), f"a text file that can be read ({error})") from error
+    found: list[dict[int, float | None]] = [{} for _ in range(size)]
+    totals = [0.0] * size
+    weighted: bool | None = None
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        place = f"{path}, line {number}: {' '.join(words)}"
+        source, target, weight = _parse(words, size, place)
+        if source in found[target]:
+            _refuse(place, "each edge once")
+        if weighted is not None and weighted != (weight is not None):
+            _refuse(place, "a weight on every edge, or on none")
+        weighted = weight is not None
+        found[target][source] = weight
+        totals[target] += weight or 0.0
+        # Ten times 0.1 is a little less than 1 in binary.
+        if totals[target] > 1 - 1e-9:
+            _refuse(place, f"weights into rank {target} that sum to less than 1, not {totals[target]:g}")
+    _check_strongly_connected(path, found)
+    return tuple(
+        {source: 1 / (1 + len(sources)) if weight is None else weight for source, weight in sorted(sources.items())}
+        for sources in found
+    )
+
+
+def _parse(words: list[str], size: int, place: str) -> tuple[int, int, float | None]:
+    if len(words) not in (2, 3):
+        _refuse(place, FORMAT)
+    try:
+        source, target = int(words[0]), int(words[1])
+        weight = float(words[2]) if len(words) == 3 else None
+    except ValueError:
+        _refuse(place, f"{FORMAT}, in numbers")
+    if not (0 <= source < size and 0 <= target < size):
+        _refuse(place, f"ranks from 0 to {size - 1}")
+    if source == target:
+        _refuse(place, "two different ranks: a rank's own weight is what its messages leave")
+    if weight is not None and not 0 < weight < 1:
+        _refuse(place, "a weight above 0 and below 1")
+    return source, target, weight
+
+
+def _refuse(place: str, allowed: str) -> NoReturn:
+    raise ConfigError("topology", place, allowed)
+
+
+def _check_strongly_connected(path: Path, found: list[dict[int, float | None]]) -> None:
+    """Rank 0 must reach every rank, and every rank must reach rank 0."""
+    sources = [list(edges) for edges in found]
+    targets: list[list[int]] = [[] for _ in found]
+    for target, edges in enumerate(found):
+        for source in edges:
+            targets[source].append(target)
+    for edges_of, broken in ((targets, "rank 0 cannot reach rank {}"), (sources, "rank {} cannot reach rank 0")):
+        missed = set(range(len(found))) - reachable(edges_of, 0)
+        if missed:
+            allowed = f"a strongly connected graph over {len(found)} ranks: {broken.format(min(missed))}"
+            _refuse(str(path), allowed)
+
+
+def reachable(neighbours: list[list[int]], start: int) -> set[int]:
+    """The nodes that a walk from `start` along `neighbours` can come to, `start` among them."""
+    seen, frontier = {start}, [start]
+    while frontier:
+        for node in neighbours[frontier.pop()]:
+            if node not in seen:
+                seen.add(node)
+                frontier.append(node)
+    return seen

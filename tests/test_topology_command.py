@@ -1,0 +1,125 @@
+"""gala-mpi topology: measures and drawings of a graph, with neither MPI nor torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gala_mpi import topology_report
+from gala_mpi.config import UsageError
+from gala_mpi.topology import TOPOLOGIES
+
+
+def command(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gala_mpi", "topology", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_text_shows_the_measures_and_the_adjacency_picture() -> None:
+    done = command("hierarchical", "--size", "6", "--ranks-per-node", "3")
+    assert done.returncode == 0 and not done.stderr
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[0] == "hierarchical: 6 ranks on 2 nodes"
+    assert "edges 14, of them 2 between nodes" in lines
+    assert "in-degree 2 to 3" in lines
+    assert "doubly stochastic yes: mixing keeps the mean of all ranks" in lines
+    assert "0 node0 \\ooX.. 3 3 1 2 3 0.167 0.167 or 0.5" in lines
+    assert "5 node1 ...oo\\ 2 2 3 4 0.667 0.167" in lines
+
+
+@pytest.mark.parametrize("name", sorted(TOPOLOGIES))
+def test_every_kind_is_described(name: str) -> None:
+    said = topology_report.report([name, "--size", "8", "--ranks-per-node", "2"])
+    assert said.startswith(f"{name}: 8 ranks on 4 nodes") and "spectral gap" in said
+    assert topology_report.report([name, "--size", "1"]).startswith(f"{name}: 1 rank on 1 node")
+
+
+def test_many_ranks_are_listed_in_part() -> None:
+    said = topology_report.report(["complete", "--size", "41"])
+    assert "... (40)" in said and said.endswith("... and 1 ranks more: --json lists all")
+
+
+def test_json_holds_the_measures_and_rebuilds_the_graph(tmp_path: Path) -> None:
+    done = command("star", "--size", "5", "--ranks-per-node", "4", "--json")
+    assert done.returncode == 0
+    said = json.loads(done.stdout)
+    assert said["in_degrees"] == said["out_degrees"] == [4, 1, 1, 1, 1]
+    assert said["edges"] == 8 and said["edges_between_nodes"] == 2 and said["nodes"] == 2
+    assert said["spectral_gap"] == pytest.approx(0.2) and said["diameter"] == 2 and said["doubly_stochastic"]
+    own = tmp_path / "star.txt"
+    own.write_text("".join(f"{source} {target} {weight}\n" for source, target, weight in said["edge_list"]))
+    again = json.loads(topology_report.report([str(own), "--size", "5", "--ranks-per-node", "4", "--json"]))
+    assert {**again, "name": "star"} == said
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["moebius", "--size", "4"], "'moebius' cannot be used; expected one of ring, "),
+        (["ring"], "--size"),
+        (["--size", "4"], "NAME"),
+        (["ring", "--size", "0"], "--size: 0 "),
+        (["ring", "--size", "4097"], "from 1 to 4096"),
+        (["ring", "--size", "four"], "--size"),
+        (["hypercube", "--size", "6"], "power of two, not 6"),
+        (["ring", "--size", "4", "--ranks-per-node", "0"], "--ranks-per-node: 0 "),
+        (["ring", "--size", "4", "--draw", "graph.jpg"], "--draw: 'graph.jpg'"),
+        (["ring", "--size", "4", "--draw", "missing/graph.png"], "--draw: 'missing/graph.png'"),
+        (["complete", "--size", "100", "--draw", "graph.png"], "at most 5000 edges, not 9900"),
+        (["edges.txt", "--size", "2"], "edges.txt, line 2: 0 2"),
+        (["ring", "--size", "4", "--no-such-flag"], "--no-such-flag"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(args: list[str], named: str, tmp_path: Path) -> None:
+    (tmp_path / "edges.txt").write_text("0 1\n0 2\n")
+    done = command(*args, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("gala-mpi: error: ") and done.stderr.count("\n") == 1 and named in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["edges.txt"]
+
+
+def test_help_names_every_kind() -> None:
+    said = " ".join(command("--help").stdout.split())
+    assert all(name in said for name in TOPOLOGIES)
+
+
+@pytest.mark.parametrize("name", ["ring", "star", "hierarchical", "one-peer-exponential"])
+@pytest.mark.parametrize("size", ["1", "2", "9"])
+def test_drawings_are_images(tmp_path: Path, name: str, size: str) -> None:
+    """In this process, where a warning is an error."""
+    png, svg = tmp_path / "graph.png", tmp_path / "graph.svg"
+    said = topology_report.report([name, "--size", size, "--ranks-per-node", "3", "--draw", str(png)])
+    assert said.endswith(f"drawn to {png}")
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 5000
+    assert json.loads(topology_report.report([name, "--size", size, "--json", "--draw", str(svg)]))
+    assert "<svg" in svg.read_text("utf-8")
+
+
+def test_a_missing_matplotlib_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match=r"^--draw needs matplotlib: pip install 'gala-mpi\[analysis\]'$"):
+        topology_report.report(["ring", "--size", "4", "--draw", str(tmp_path / "graph.png")])
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import gala_mpi.cli as c; c.topology(['torus', '--size', '4'])", "torch mpi4py.MPI networkx matplotlib"),
+        ("import gala_mpi.agent", "networkx matplotlib gala_mpi.graph_measures"),
+    ],
+    ids=["the command", "training"],
+)
+def test_nothing_is_imported_that_is_not_needed(code: str, absent: str) -> None:
+    check = f"import sys; {code}; assert not set('{absent}'.split()) & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=120, stdout=subprocess.DEVNULL)
