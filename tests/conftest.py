@@ -7,16 +7,18 @@ tests' folder; `make test` sets both up).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cluster import Cluster, ClusterUnavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 # Absolute, as tests change the folder; not resolved, as an environment is where its link to Python lies.
@@ -32,10 +34,12 @@ class Mpi:
     mpirun: str
     python: str
     environment: tuple[tuple[str, str], ...] = ()
+    prefix: tuple[str, ...] = ()  # before the launcher
+    options: tuple[str, ...] = ()  # of the launcher
 
     def command(self, size: int, *args: str) -> list[str]:
         """The command line that runs Python with `args` on `size` ranks."""
-        return [self.mpirun, "-n", str(size), self.python, *args]
+        return [*self.prefix, self.mpirun, *self.options, "-n", str(size), self.python, *args]
 
     def start(
         self, size: int, *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
@@ -71,10 +75,22 @@ def finish(process: subprocess.Popen[str], timeout_s: float) -> subprocess.Compl
     try:
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        # Open MPI's launcher keeps what starts its daemons in process groups of their own, with our pipes open.
+        for pid in (*_descendants(process.pid), process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         out, err = process.communicate()
         pytest.fail(f"no end after {timeout_s:g} s: {process.args}\n{out[-2000:]}\n{err[-4000:]}")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that `pid` started, and theirs in turn."""
+    children: list[int] = []
+    for path in Path("/proc").glob(f"{pid}/task/*/children"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            children += map(int, path.read_text().split())
+    return children + [below for child in children for below in _descendants(child)]
 
 
 def _mpis() -> dict[str, Mpi]:
@@ -130,3 +146,16 @@ def one_mpi() -> Mpi:
 def mpich() -> Mpi:
     """MPICH, for what only it can do."""
     return _get("mpich")
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Three hosts with links of 1 Gbit/s: `cluster.mpi(mpi).run(3, ...)` runs one rank on each."""
+    with contextlib.ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(Cluster())
+        except ClusterUnavailable as error:
+            if os.environ.get("GALA_MPI_REQUIRE_CLUSTER"):
+                pytest.fail(f"a virtual cluster is required: {error}")
+            pytest.skip(f"no virtual cluster: {error}")
+        yield cluster
