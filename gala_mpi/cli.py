@@ -65,7 +65,15 @@ def topology(args: list[str]) -> int:
         return refuse(error)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "topology": topology}
+def doctor(args: list[str]) -> int:
+    """Examine MPI, the nodes and the file system; returns the exit code. All ranks of the job call it."""
+    from gala_mpi import doctor as examiner
+
+    watch = examiner.start_watch(args)
+    return under_mpi(lambda comm: examiner.run(args, comm, watch))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "topology": topology, "doctor": doctor}
 
 
 def under_mpi(run: Callable[[MPI.Intracomm], int]) -> int:
@@ -160,7 +168,14 @@ def topology_help(args: list[str]) -> str:
     return topology_report.help_text(args)
 
 
-HELP: dict[str, Callable[[list[str]], str]] = {"train": help_text, "topology": topology_help}
+def doctor_help(args: list[str]) -> str:
+    """What `gala-mpi doctor --help` prints."""
+    from gala_mpi import doctor as examiner
+
+    return examiner.help_text(args)
+
+
+HELP: dict[str, Callable[[list[str]], str]] = {"train": help_text, "topology": topology_help, "doctor": doctor_help}
 
 
 def _print_once(text: str) -> int:

@@ -26,9 +26,11 @@ ORDER = (
         "gossip",
     ),
     *("exchange", "environments", "networks", "rollout", "learner", "board", "schema", "recorder", "monitor"),
-    *("agent", "cli", "__main__"),
+    *("findings", "libraries", "placement", "storage", "preflight", "agent"),
+    *("devices", "peers", "links", "verdicts", "examination", "doctor", "cli", "__main__"),
 )
-MAY_IMPORT_MPI = {"window", "exchange", "cli"}
+# The doctor's examination asks the library for its version and its thread level.
+MAY_IMPORT_MPI = {"window", "exchange", "cli", "examination"}
 
 
 def runtime_imports(module: str) -> set[str]:
