@@ -9,8 +9,16 @@
 #define MULTIVERSION
 #endif
 
-/* A block of every operand stays in the first-level cache while it is used twice. */
-enum { BLOCK = 1024, LANES = 16 };
+/* A function that each instruction set's kernel compiles anew, as part of itself. */
+#ifdef __GNUC__
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+/* Values are mixed a tile at a time. A tile is small, so that the processor fetches the next one from memory while
+ * it computes: tiles of 256 values made mixing a fifth slower, those of 1024 half as slow again. */
+enum { TILE = 128, LANES = 16 };
 
 const size_t wire_itemsize[WIRE_COUNT] = {4, 2, 2};
 
@@ -111,14 +119,14 @@ MULTIVERSION static int all_finite_32(size_t count, const unsigned char *restric
     return !(gathered & 0x80000000u);
 }
 
-MULTIVERSION static int all_finite_16(size_t count, const unsigned char *restrict message, uint32_t exponent,
-                                      uint32_t lowest)
+MULTIVERSION static int all_finite_16(size_t count, const unsigned char *restrict message, uint16_t exponent,
+                                      uint16_t lowest)
 {
-    uint32_t gathered = 0;
+    uint16_t gathered = 0;
     for (size_t i = 0; i < count; i++) {
         uint16_t half;
         memcpy(&half, message + 2 * i, sizeof half);
-        gathered |= (half & exponent) + lowest;
+        gathered |= (uint16_t)((half & exponent) + lowest);
     }
     return !(gathered & 0x8000u);
 }
@@ -135,14 +143,15 @@ int all_finite(enum wire wire, size_t count, const unsigned char *restrict messa
     }
 }
 
-/* `count` values of a message as float32. */
-MULTIVERSION static void unpack(enum wire wire, size_t count, const unsigned char *restrict message,
-                                float *restrict values)
+INLINE float float_at(const unsigned char *restrict values, size_t i)
 {
-    if (wire == WIRE_FLOAT32) {
-        memcpy(values, message, 4 * count);
-        return;
-    }
+    float value;
+    memcpy(&value, values + 4 * i, sizeof value);
+    return value;
+}
+
+INLINE void unpack(enum wire wire, size_t count, const unsigned char *restrict message, float *restrict values)
+{
     for (size_t i = 0; i < count; i++) {
         uint16_t half;
         memcpy(&half, message + 2 * i, sizeof half);
@@ -150,63 +159,180 @@ MULTIVERSION static void unpack(enum wire wire, size_t count, const unsigned cha
     }
 }
 
-/* before[i] = state[i], then state[i] *= weight. */
-MULTIVERSION static void begin_block(size_t count, float *restrict before, float *restrict state, float weight)
+/* The squared distance of at most TILE values in double, which holds the square of every float32. Equal values,
+ * which ranks have until they part, are seen first: that takes a fifth of the time. */
+MULTIVERSION static double exact_distance(size_t count, const float *restrict state,
+                                          const unsigned char *restrict values)
 {
+    double squares[TILE];
+    uint32_t differ = 0;
+    for (size_t i = 0; i < count; i++)
+        differ |= bits_of(state[i] - float_at(values, i)) & 0x7FFFFFFFu;
+    if (differ == 0)
+        return 0;
     for (size_t i = 0; i < count; i++) {
-        before[i] = state[i];
-        state[i] *= weight;
+        double difference = (double)state[i] - (double)float_at(values, i);
+        squares[i] = difference * difference;
+    }
+    for (size_t i = count; i < TILE; i++)
+        squares[i] = 0;
+    for (size_t half = TILE / 2; half > 0; half /= 2) {
+        for (size_t i = 0; i < half; i++)
+            squares[i] += squares[i + half];
+    }
+    return squares[0];
+}
+
+INLINE float square_at(const float *restrict state, const unsigned char *restrict values, size_t i)
+{
+    float difference = state[i] - float_at(values, i);
+    return difference * difference;
+}
+
+/* The squared distance of `count` values, TILE or fewer. The second half of a tile's squares is added to the first
+ * until one number is left: an order that holds for vectors of any width. In float32 that is ten roundings deep, a
+ * relative error of at most 6e-7; where a square overflowed, or where what underflow may have taken (128 times
+ * 2**-150) would count, and for the last values, the sum is done in double. */
+INLINE double distance(size_t count, const float *restrict state, const unsigned char *restrict values)
+{
+    float sums[LANES];
+    if (count < TILE)
+        return exact_distance(count, state, values);
+    for (size_t lane = 0; lane < LANES; lane++) {
+        float squares[TILE / LANES];
+        for (size_t row = 0; row < TILE / LANES; row++)
+            squares[row] = square_at(state, values, row * LANES + lane);
+        sums[lane] = ((squares[0] + squares[4]) + (squares[2] + squares[6])) +
+                     ((squares[1] + squares[5]) + (squares[3] + squares[7]));
+    }
+    for (size_t half = LANES / 2; half > 0; half /= 2) {
+        for (size_t lane = 0; lane < half; lane++)
+            sums[lane] += sums[lane + half];
+    }
+    return sums[0] > 0x1p-100f && sums[0] < INFINITY ? (double)sums[0] : exact_distance(TILE, state, values);
+}
+
+/* state <- own * state + weight * values. */
+INLINE void add(size_t count, float *restrict state, float own, const unsigned char *restrict values, float weight)
+{
+    for (size_t i = 0; i < count; i++)
+        state[i] = own * state[i] + weight * float_at(values, i);
+}
+
+/* One entry for each message. */
+struct per_message {
+    const unsigned char *const *message;
+    const float *weights;
+    const int *accepted;
+    double *squared;
+};
+
+/* float32 messages are read where they lie, twice: all distances of a tile come before it is mixed, so that no
+ * copy of the state is needed. */
+INLINE void mix_tile_32(size_t begin, size_t count, float *restrict state, float own, size_t messages,
+                        const struct per_message *each)
+{
+    for (size_t k = 0; k < messages; k++) {
+        if (each->accepted[k])
+            each->squared[k] += distance(count, state + begin, each->message[k] + 4 * begin);
+    }
+    for (size_t k = 0; k < messages; k++) {
+        if (each->accepted[k]) {
+            add(count, state + begin, own, each->message[k] + 4 * begin, each->weights[k]);
+            own = 1;
+        }
     }
 }
 
-/* state += weight * values; returns the squared distance of before to values. In double, as the square of a
- * float32 may be too large for one; in LANES interleaved sums, so that the order does not depend on the width
- * of a vector. */
-MULTIVERSION static double add_block(size_t count, const float *restrict before, const float *restrict values,
-                                     float weight, float *restrict state)
+/* Narrow messages are unpacked once; a copy of the state serves the distances to those after the first. */
+INLINE void mix_tile_16(enum wire wire, size_t begin, size_t count, float *restrict state, float own, size_t messages,
+                        const struct per_message *each)
 {
-    double lanes[LANES] = {0};
-    size_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-#pragma omp simd
-        for (size_t lane = 0; lane < LANES; lane++) {
-            double difference = (double)before[i + lane] - (double)values[i + lane];
-            lanes[lane] += difference * difference;
-            state[i + lane] += weight * values[i + lane];
+    float values[TILE], copy[TILE];
+    const float *before = state + begin;
+    if (messages > 1)
+        before = memcpy(copy, before, sizeof(float) * count);
+    for (size_t k = 0; k < messages; k++) {
+        if (each->accepted[k]) {
+            unpack(wire, count, each->message[k] + 2 * begin, values);
+            each->squared[k] += distance(count, before, (const unsigned char *)values);
+            add(count, state + begin, own, (const unsigned char *)values, each->weights[k]);
+            own = 1;
         }
     }
-    for (; i < count; i++) {
-        double difference = (double)before[i] - (double)values[i];
-        lanes[0] += difference * difference;
-        state[i] += weight * values[i];
-    }
-    double sum = 0;
-    for (size_t lane = 0; lane < LANES; lane++)
-        sum += lanes[lane];
-    return sum;
+}
+
+INLINE void mix_tile(enum wire wire, size_t begin, size_t count, float *restrict state, float own, size_t messages,
+                     const struct per_message *each)
+{
+    if (wire == WIRE_FLOAT32)
+        mix_tile_32(begin, count, state, own, messages, each);
+    else
+        mix_tile_16(wire, begin, count, state, own, messages, each);
+}
+
+/* The loops of a full tile have a constant length, which is worth a copy of their code for the last one. */
+INLINE void mix_tiles(enum wire wire, size_t count, float *restrict state, float own, size_t messages,
+                      const struct per_message *each)
+{
+    size_t begin = 0;
+    for (; begin + TILE <= count; begin += TILE)
+        mix_tile(wire, begin, TILE, state, own, messages, each);
+    if (begin < count)
+        mix_tile(wire, begin, count - begin, state, own, messages, each);
+}
+
+/* One message, the usual case, gets a loop of its own: the loop over messages took a tenth of its time. */
+INLINE void mix_wire(enum wire wire, size_t count, float *restrict state, float own, size_t messages,
+                     const struct per_message *each)
+{
+    if (messages == 1)
+        mix_tiles(wire, count, state, own, 1, each);
+    else
+        mix_tiles(wire, count, state, own, messages, each);
+}
+
+MULTIVERSION static void mix_float32(size_t count, float *restrict state, float own, size_t messages,
+                                     const struct per_message *each)
+{
+    mix_wire(WIRE_FLOAT32, count, state, own, messages, each);
+}
+
+MULTIVERSION static void mix_bfloat16(size_t count, float *restrict state, float own, size_t messages,
+                                      const struct per_message *each)
+{
+    mix_wire(WIRE_BFLOAT16, count, state, own, messages, each);
+}
+
+MULTIVERSION static void mix_float16(size_t count, float *restrict state, float own, size_t messages,
+                                     const struct per_message *each)
+{
+    mix_wire(WIRE_FLOAT16, count, state, own, messages, each);
 }
 
 void mix(enum wire wire, size_t count, float *restrict state, float self_weight, size_t messages,
          const unsigned char *const *restrict message, const float *restrict weights,
          const int *restrict accepted, double *restrict squared)
 {
-    size_t itemsize = wire_itemsize[wire];
-    float before[BLOCK], values[BLOCK];
+    struct per_message each = {message, weights, accepted, squared};
     int any = 0;
     for (size_t k = 0; k < messages; k++) {
         squared[k] = accepted[k] ? 0.0 : (double)NAN;
         any |= accepted[k];
     }
-    for (size_t begin = 0; any && begin < count; begin += BLOCK) {
-        size_t length = count - begin < BLOCK ? count - begin : BLOCK;
-        begin_block(length, before, state + begin, self_weight);
-        for (size_t k = 0; k < messages; k++) {
-            if (accepted[k]) {
-                unpack(wire, length, message[k] + begin * itemsize, values);
-                squared[k] += add_block(length, before, values, weights[k], state + begin);
-            }
-        }
-    }
+    if (!any)
+        return;
+    if (wire == WIRE_BFLOAT16)
+        mix_bfloat16(count, state, self_weight, messages, &each);
+    else if (wire == WIRE_FLOAT16)
+        mix_float16(count, state, self_weight, messages, &each);
+    else
+        mix_float32(count, state, self_weight, messages, &each);
+}
+
+MULTIVERSION void average(size_t count, float *restrict state, const unsigned char *restrict message)
+{
+    add(count, state, 0.5f, message, 0.5f);
 }
 
 static inline uint64_t finalise(uint64_t z)

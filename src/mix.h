@@ -20,10 +20,15 @@ void pack(enum wire wire, size_t count, const void *restrict values, unsigned ch
 int all_finite(enum wire wire, size_t count, const unsigned char *restrict message);
 
 /* state <- self_weight * state + sum over k of weights[k] * messages[k], in this order, over the messages with
- * accepted[k]; squared[k] <- squared norm of state (before) - messages[k], or NaN if not accepted. */
+ * accepted[k]; squared[k] <- squared norm of state (before) - messages[k], or NaN if not accepted. Relative error of
+ * a squared norm: at most 7e-7, also where the square of a difference overflows or underflows a float32. */
 void mix(enum wire wire, size_t count, float *restrict state, float self_weight, size_t messages,
          const unsigned char *const *restrict message, const float *restrict weights,
          const int *restrict accepted, double *restrict squared);
+
+/* state <- 0.5 * state + 0.5 * message, and nothing else, as the yardstick of memory speed: two reads and a write
+ * for each value. */
+void average(size_t count, float *restrict state, const unsigned char *restrict message);
 
 /* sketch[h(i)] <- sum of s(i) * state[i]; returns the squared norm of state. `buckets` is a power of two.
  *

@@ -59,12 +59,18 @@ static int take_float32(PyObject *object, const char *name, int writable, Py_buf
     return -1;
 }
 
-/* Take a buffer of `count` items of the wire type, as bytes or in its own format. */
-static int take_wire(PyObject *object, const char *name, enum wire wire, size_t count, int writable, Py_buffer *view)
+/* Take a buffer of items of the wire type, as bytes or in its own format. */
+static int take_wire_format(PyObject *object, const char *name, enum wire wire, int writable, Py_buffer *view)
 {
     char formats[8] = "B";
     strcat(formats, wire_formats[wire]);
-    if (take(object, name, formats, writable, view) < 0)
+    return take(object, name, formats, writable, view);
+}
+
+/* The same, of exactly `count` items. */
+static int take_wire(PyObject *object, const char *name, enum wire wire, size_t count, int writable, Py_buffer *view)
+{
+    if (take_wire_format(object, name, wire, writable, view) < 0)
         return -1;
     if ((size_t)view->len == count * wire_itemsize[wire])
         return 0;
@@ -295,6 +301,70 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(all_finite_doc,
+"all_finite(buffer, wire='float32')\n--\n\n"
+"Whether no value of a buffer is an infinity or a NaN; so for an empty one.\n\n"
+"buffer: C-contiguous buffer of the wire type, as bytes at any address or in its own format. Raises TypeError for a\n"
+"wrong type, ValueError for a wrong length or layout. Local.");
+
+static PyObject *py_all_finite(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"buffer", "wire", NULL};
+    PyObject *buffer_object;
+    const char *wire_name = "float32";
+    enum wire wire;
+    Py_buffer buffer;
+    int finite;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|s", names, &buffer_object, &wire_name) ||
+        find_wire(wire_name, &wire) < 0 || take_wire_format(buffer_object, "buffer", wire, 0, &buffer) < 0)
+        return NULL;
+    size_t count = (size_t)buffer.len / wire_itemsize[wire];
+    if ((size_t)buffer.len % wire_itemsize[wire] != 0) {
+        PyErr_Format(PyExc_ValueError, "buffer: expected whole values of %s (%zu bytes each), got %zd bytes", wire_name,
+                     wire_itemsize[wire], buffer.len);
+        PyBuffer_Release(&buffer);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    finite = all_finite(wire, count, buffer.buf);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&buffer);
+    return PyBool_FromLong(finite);
+}
+
+PyDoc_STRVAR(average_doc,
+"average(state, message)\n--\n\n"
+"state <- 0.5 * state + 0.5 * message, in place: the yardstick of memory speed that `mix` is measured by.\n\n"
+"Two reads and a write for each value, without the check that the message is finite and without the distance; not\n"
+"for use in training. state: writable float32 buffer (n,). message: buffer of n float32 values, as bytes at any\n"
+"address or in its own format. Raises TypeError for a wrong type, ValueError for a wrong length, layout or overlap.\n"
+"Local.");
+
+static PyObject *py_average(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"state", "message", NULL};
+    PyObject *state_object, *message_object, *result = NULL;
+    Py_buffer state, message;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &state_object, &message_object) ||
+        take_float32(state_object, "state", 1, &state) < 0)
+        return NULL;
+    size_t count = (size_t)state.len / sizeof(float);
+    if (take_wire(message_object, "message", WIRE_FLOAT32, count, 0, &message) < 0)
+        goto done;
+    if (refuse_overlap("state", "message", &state, &message) == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        average(count, state.buf, message.buf);
+        Py_END_ALLOW_THREADS
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&message);
+done:
+    PyBuffer_Release(&state);
+    return result;
+}
+
 PyDoc_STRVAR(sketch_doc,
 "sketch(state, out, seed)\n--\n\n"
 "Count sketch of a float32 buffer into `out`; returns the squared norm of the buffer itself.\n\n"
@@ -351,6 +421,8 @@ done:
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"mix", (PyCFunction)(void (*)(void))py_mix, METH_VARARGS | METH_KEYWORDS, mix_doc},
+    {"all_finite", (PyCFunction)(void (*)(void))py_all_finite, METH_VARARGS | METH_KEYWORDS, all_finite_doc},
+    {"average", (PyCFunction)(void (*)(void))py_average, METH_VARARGS | METH_KEYWORDS, average_doc},
     {"sketch", (PyCFunction)(void (*)(void))py_sketch, METH_VARARGS | METH_KEYWORDS, sketch_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -377,7 +449,7 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gala_mpi._native",
-    .m_doc = "Kernels over flat parameters: pack, mix and sketch.",
+    .m_doc = "Kernels over flat parameters: pack, mix, all_finite, average and sketch.",
     .m_methods = methods,
     .m_slots = slots,
 };

@@ -35,7 +35,7 @@ def mix(
 ) -> tuple[Floats, list[float], list[bool]]:
     """The state after mixing, the squared distances and which messages were accepted."""
     values = [decode(message, wire) for message in messages]
-    accepted = [bool(np.isfinite(value).all()) for value in values]
+    accepted = [all_finite(message, wire) for message in messages]
     rounded = [np.float32(weight) for weight in weights]
     own = self_weight
     for weight, taken in zip(rounded, accepted, strict=True):
@@ -52,6 +52,41 @@ def mix(
             if taken:
                 mixed = mixed + weight * value
     return mixed, squared, accepted
+
+
+def tiled_distance(state: Floats, values: Floats) -> float:
+    """The squared distance in the order of the kernels, to the bit.
+
+    In each tile of 128 values the second half of the squares is added to the first until one number is left; in
+    float32, but in double for the last tile if it is not full, and where the sum is not within 2**-100 and the
+    largest float32. The tiles are added, in order, in double."""
+    total = 0.0
+    for begin in range(0, len(state), 128):
+        pair = state[begin : begin + 128], values[begin : begin + 128]
+        near = float("inf") if len(pair[0]) < 128 else _tile_distance(*pair)
+        exact = not 2.0**-100 < near < float("inf")
+        total += _tile_distance(*(side.astype(float) for side in pair)) if exact else near
+    return total
+
+
+def _tile_distance(state: npt.NDArray[np.floating], values: npt.NDArray[np.floating]) -> float:
+    squares = np.zeros(128, state.dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        squares[: len(state)] = np.square(state - values)
+        while len(squares) > 1:
+            squares = squares[: len(squares) // 2] + squares[len(squares) // 2 :]
+    return float(squares[0])
+
+
+def all_finite(message: npt.NDArray[np.uint8], wire: str) -> bool:
+    """Whether every value of a message is finite."""
+    return bool(np.isfinite(decode(message, wire)).all())
+
+
+def average(state: Floats, message: Floats) -> Floats:
+    """The state after averaging with a message."""
+    with np.errstate(under="ignore"):
+        return np.float32(0.5) * state + np.float32(0.5) * message
 
 
 def sketch(state: Floats, buckets: int, seed: int) -> Floats:

@@ -18,7 +18,8 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-40, 1.1754944e-38, 3.4028235e38, -3.
 SPECIAL += [5.9604645e-08, 2.9802322e-08, 2.98023259e-08, 6.1035156e-05, 0.33325195, 1 + 2**-8, 1 + 3 * 2**-9]
 NON_FINITE = [math.nan, math.inf, -math.inf]
 
-sizes = st.one_of(st.sampled_from([0, 1, 2, 3, 15, 16, 17, 31, 1023, 1024, 1025, 2047, 2049]), st.integers(0, 5000))
+EDGES = [0, 1, 2, 3, 15, 16, 17, 31, 127, 128, 129, 255, 256, 257, 383, 1023, 1024, 1025, 2047, 2049]
+sizes = st.one_of(st.sampled_from(EDGES), st.integers(0, 5000))
 seeds = st.integers(0, 2**32 - 1)
 wires = st.sampled_from(WIRES)
 skews = st.integers(0, 7)
@@ -140,6 +141,96 @@ def test_the_largest_numbers_are_finite_and_mixed() -> None:
     np.testing.assert_array_equal(state, 0)
 
 
+@settings(deadline=None)
+@given(seeds, sizes, st.integers(-45, 38), st.floats(0, 1), skews)
+def test_distances_are_right_at_every_scale(seed: int, size: int, scale: int, equal: float, skew: int) -> None:
+    """Also where squares overflow a float32, or are denormal or zero in one; with some or all values equal."""
+    rng = np.random.default_rng(seed)
+    state, values = (np.float64(10) ** scale * rng.uniform(-3, 3, (2, size))).astype(np.float32)
+    same = rng.random(size) < equal
+    values[same] = state[same]
+    expected = float(np.square(state.astype(float) - values).sum())
+    squared, accepted = _native.mix(state, 0.5, [skewed(values, skew)], [0.5])
+    assert accepted == [True]
+    np.testing.assert_allclose(squared, [expected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 256, 300])
+@pytest.mark.parametrize("difference", [3e38, 2e19, 1e-19, 1e-25, 1e-45])
+def test_one_square_outside_float32_counts_wherever_it_is(size: int, difference: float) -> None:
+    values = np.zeros(size, np.float32)
+    for place in {0, size // 2, size - 1}:
+        state = np.zeros(size, np.float32)
+        state[place] = difference
+        expected = float(state[place]) ** 2
+        squared, _ = _native.mix(state, 0.5, [values], [0.5])
+        assert squared[0] == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+@settings(deadline=None)
+@given(seeds, sizes, st.integers(1, 4), wires, st.sampled_from([-30, -18, 0, 0, 0, 4, 18]), skews)
+def test_distances_are_the_twin_s_to_the_bit(
+    seed: int, size: int, count: int, wire: str, scale: int, skew: int
+) -> None:
+    """So are those of two instruction sets, of which the sanitized build runs the smallest."""
+    rng = np.random.default_rng(seed)
+    state = (10.0**scale * rng.normal(size=size)).astype(np.float32)
+    state[rng.random(size) < 0.001] *= np.float32(1e19)
+    values = [np.clip(10.0**scale * rng.normal(size=size), -6e4, 6e4).astype(np.float32) for _ in range(count)]
+    messages = [skewed(reference.encode(value, wire), skew) for value in values]
+    expected = [reference.tiled_distance(state, reference.decode(message.copy(), wire)) for message in messages]
+    assert _native.mix(state, 0.5, messages, [0.5 / count] * count, wire) == (expected, [True] * count)
+
+
+@settings(deadline=None)
+@given(seeds, sizes, wires, st.integers(0, 2), skews)
+def test_all_finite_agrees_with_the_twin(seed: int, size: int, wire: str, bad: int, skew: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = np.clip(draw_values(rng, size), -65504, 65504)
+    values[rng.integers(size, size=bad if size else 0)] = rng.choice(NON_FINITE)
+    message = reference.encode(values, wire)
+    assert reference.all_finite(message, wire) is (size == 0 or bad == 0)
+    assert _native.all_finite(skewed(message, skew), wire) is reference.all_finite(message, wire)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("bad", NON_FINITE)
+def test_one_value_that_is_not_finite_is_found_in_every_place(bad: float, wire: str) -> None:
+    for size in (1, 2, 7, 16, 63, 130):
+        for place in range(size):
+            values = np.full(size, 1.5, np.float32)
+            values[place] = bad
+            assert not _native.all_finite(reference.encode(values, wire), wire)
+
+
+def test_all_finite_knows_every_half_and_the_ends_of_float32() -> None:
+    patterns = np.arange(2**16, dtype=np.uint16)
+    for wire in ("bfloat16", "float16"):
+        finite = np.isfinite(reference.decode(patterns.view(np.uint8), wire))
+        found = [_native.all_finite(patterns[i : i + 1], wire) for i in range(2**16)]
+        np.testing.assert_array_equal(found, finite)
+    for bits, finite in ((0x7F7FFFFF, True), (0x7F800000, False), (0x7F800001, False), (0xFFFFFFFF, False)):
+        assert _native.all_finite(np.array([bits], np.uint32).view(np.float32)) is finite
+        assert _native.all_finite(np.array([bits], np.uint32).view(np.uint8)) is finite
+
+
+@settings(deadline=None)
+@given(seeds, sizes, skews)
+def test_average_is_mix_without_its_checks(seed: int, size: int, skew: int) -> None:
+    rng = np.random.default_rng(seed)
+    state, message = draw_values(rng, size), draw_values(rng, size)
+    mixed, expected = state.copy(), reference.average(state, message)
+    _native.mix(mixed, 0.5, [message], [0.5])
+    assert _native.average(state, skewed(message, skew)) is None
+    assert same_bits(state, expected) and same_bits(state, mixed)
+
+
+def test_average_does_not_look_at_what_it_reads() -> None:
+    state = np.ones(3, np.float32)
+    _native.average(state, np.array([math.inf, math.nan, 3], np.float32))
+    np.testing.assert_array_equal(state, np.array([math.inf, math.nan, 2], np.float32))
+
+
 def test_a_large_mix_keeps_the_mean() -> None:
     size = 1_000_003
     rng = np.random.default_rng(3)
@@ -220,6 +311,28 @@ REFUSED: dict[str, tuple[type[Exception], str, Any]] = {
     "read-only out": (ValueError, "out.*read-only", lambda: _native.pack([floats()], read_only(floats()))),
     "short out": (ValueError, "out.*got 8", lambda: _native.pack([floats()], floats(2))),
     "overlapping out": (ValueError, "out: overlaps sources", lambda: _native.pack([SHARED[:4]], SHARED[2:6])),
+    "ragged buffer": (ValueError, "buffer.*float16.*got 5 bytes", lambda: _native.all_finite(bytearray(5), "float16")),
+    "ragged float32": (ValueError, "buffer.*4 bytes each.*got 6", lambda: _native.all_finite(np.zeros(6, np.uint8))),
+    "buffer of doubles": (TypeError, "buffer", lambda: _native.all_finite(np.zeros(4))),
+    "buffer of another wire": (TypeError, "buffer", lambda: _native.all_finite(floats(), "bfloat16")),
+    "strided buffer": (ValueError, "buffer.*contiguous", lambda: _native.all_finite(floats(8)[::2])),
+    "buffer of unknown wire": (ValueError, "wire.*'int8'", lambda: _native.all_finite(floats(), "int8")),
+    "no buffer": (TypeError, "buffer", lambda: _native.all_finite([1.0])),
+    "average of doubles": (TypeError, "state", lambda: _native.average(np.zeros(4), floats())),
+    "average of a narrow message": (TypeError, "message", lambda: _native.average(floats(), np.zeros(8, np.uint16))),
+    "average of a short message": (ValueError, "message.*got 12", lambda: _native.average(floats(), floats(3))),
+    "average of a strided message": (
+        ValueError,
+        "message.*contiguous",
+        lambda: _native.average(floats(), floats(8)[::2]),
+    ),
+    "average onto the message": (
+        ValueError,
+        "state: overlaps message",
+        lambda: _native.average(SHARED[:4], SHARED[2:6]),
+    ),
+    "read-only average": (ValueError, "state.*read-only", lambda: _native.average(read_only(floats()), floats())),
+    "misaligned average": (ValueError, "state.*multiple of 4", lambda: _native.average(misaligned(), floats())),
     "sketch onto the state": (ValueError, "out: overlaps state", lambda: _native.sketch(SHARED, SHARED[:4], 1)),
     "sketch of three buckets": (ValueError, "out.*power of two", lambda: _native.sketch(floats(), floats(3), 1)),
     "sketch of one bucket": (ValueError, "out.*power of two", lambda: _native.sketch(floats(), floats(1), 1)),
@@ -245,5 +358,12 @@ def test_a_refusal_holds_no_buffer() -> None:
         _native.mix(floats(), 1.0, [message], [1.0])
     with pytest.raises(ValueError, match="out"):
         _native.pack([floats()], message)
+    with pytest.raises(TypeError, match="state"):
+        _native.average(state, floats())
+    with pytest.raises(ValueError, match="message"):
+        _native.average(floats(), message)
+    with pytest.raises(ValueError, match="buffer"):
+        _native.all_finite(state[:-1])
+    assert _native.all_finite(message)
     state.append(1)
     message.append(1)
