@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -19,20 +20,23 @@ from gala_mpi import __version__, _native
 from gala_mpi.board import Board, Overview
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig
+from gala_mpi.courier import Courier
 from gala_mpi.environments import Simulators, is_atari, make_simulators
 from gala_mpi.exchange import Exchange, make_exchange
+from gala_mpi.gossip import DivergedError
 from gala_mpi.learner import Learner, Losses
 from gala_mpi.monitor import Monitor
 from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.recorder import Recorder, rank_file
 from gala_mpi.rollout import Collector
+from gala_mpi.waiting import Watchdog, meet
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 REFERENCE_SIMULATORS = 16
-STATUS_EVERY_S = 1.0
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,14 +62,17 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a rank's training ended; `overview` is None on all ranks but 0."""
+    """How a rank's training ended. `speaker` is the rank that tells it; `lost` and `diverged` list ranks."""
 
     agent_steps: int
     updates: int
     total_steps: int
     seconds: float
     stopped: str | None
-    overview: Overview | None
+    overview: Overview
+    speaker: int
+    lost: list[int]
+    diverged: list[int]
 
 
 class Agent:
@@ -81,7 +88,9 @@ class Agent:
         self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
         self._policy = make_policy(config, self._simulators, _generator(int(shared.generate_state(1)[0]))).to(device)
         self._flat = FlatParameters(self._policy)
-        self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm)
+        self._timeout_s = config.exchange.neighbour_timeout_s
+        self._courier = Courier(comm, config.exchange.delivery)
+        self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm, self._courier)
         self._learner = Learner(
             self._flat, config.learner, learning_rate(config, comm.size), self._exchange.average_gradient
         )
@@ -89,9 +98,10 @@ class Agent:
         steps = config.learner.rollout_steps
         # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
         self._collector = Collector(self._simulators, self._policy, steps, int(simulator_seed) >> 2, generator)
-        self._board = Board(comm)
+        self._board = Board(comm, self._courier, self._timeout_s)
+        self._watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
+        self._monitor: Monitor | None = None
         self._next_sketch = 0
-        self._status_at_s = 0.0
         self._agent_steps = self._update = 0
         self._rollout_s = self._learn_s = 0.0
 
@@ -111,6 +121,7 @@ class Agent:
                 "python": platform.python_version(),
                 **{name: version(name) for name in packages},
             },
+            "delivery": {str(target): way for target, way in self._exchange.ways.items()},
             "started": info.started,
             "t0": info.t0,
         }
@@ -126,41 +137,66 @@ class Agent:
         `on_update`, if given, is called after every update with its number. Raises ConfigError, on all
         ranks, if a file of the run cannot be made.
         """
-        run, record = self._config.run, self._config.record
         self._info = info
         self._recorder = on_all_ranks(self._comm, lambda: self._make_recorder(info))
         begin_s = time.monotonic()
-        monitor = Monitor(run.total_steps, record.progress_every_s, run.time_limit_s) if self._comm.rank == 0 else None
+        diverged = False
         try:
             while self._progress() < 1 and not self._exchange.agree(self._wants_to_stop(stop)):
                 self._one_update()
-                if monitor is not None and monitor.due():
-                    monitor.show(self._board.overview())
+                self._show()
                 if on_update is not None:
                     on_update(self._update)
-            self._exchange.finish(self._update, self._agent_steps)
-            self._board.post_status(self._agent_steps, self._update, self._exchange.counters.staleness)
-            self._recorder.flush()
-            self._board.finish(self._config.exchange.neighbour_timeout_s)
-            overview = self._board.overview() if monitor is not None else None
+            # What ends this rank ends the others too: they are to see it with their next update.
+            self._board.tell()
+        except DivergedError as error:
+            diverged = True
+            log.warning("this rank ends: %s", error)
         finally:
             self._recorder.close()
-            if monitor is not None:
-                monitor.close()
+            if self._monitor is not None:
+                self._monitor.close()
+        # The file is closed before the others are told: from then on they may end the job.
+        self._exchange.finish()
+        self._board.finish(diverged=diverged)
         return Summary(
             agent_steps=self._agent_steps,
             updates=self._update,
             total_steps=self._board.total_steps,
             seconds=time.monotonic() - begin_s,
             stopped=stop.reason or ("another rank stopped" if self._board.stop_requested else None),
-            overview=overview,
+            overview=self._board.overview(),
+            speaker=self._board.speaker,
+            lost=self._lost_at_the_end(),
+            diverged=self._board.diverged,
         )
 
+    def _lost_at_the_end(self) -> list[int]:
+        """Ranks that the last messages do not reach, or that do not come to the end. Collective unless empty."""
+        lost = self._board.lost
+        self._courier.drain(self._timeout_s, without=lost)
+        if not lost and not meet(self._comm, self._timeout_s):
+            # They were heard after their last update, or leave since they miss a rank that this one has heard.
+            lost = [rank for rank in range(self._comm.size) if rank != self._comm.rank]
+        return lost
+
     def free(self) -> None:
-        """Free windows and simulators. Collective."""
-        self._exchange.free()
-        self._board.free()
+        """Free windows and simulators. Collective; not to be called if a rank is lost."""
+        with self._watchdog.limit(self._timeout_s, "the end of the run: the MPI library has not returned"):
+            self._courier.free()
+            self._exchange.free()
+            self._board.free()
         self._simulators.close()
+
+    def _show(self) -> None:
+        """Show the progress of the run, on the rank that speaks for it."""
+        run = self._config.run
+        if self._board.speaker != self._comm.rank:
+            return
+        if self._monitor is None:
+            self._monitor = Monitor(run.total_steps, self._config.record.progress_every_s, run.time_limit_s)
+        if self._monitor.due():
+            self._monitor.show(self._board.overview())
 
     def _wants_to_stop(self, stop: StopRequest) -> bool:
         """Whether this rank is to end before its budget is spent."""
@@ -190,21 +226,21 @@ class Agent:
         # An all-reduce happens inside the learner's update, and is not learning.
         self._learn_s += time.perf_counter() - collected - (counters.exchange_s - exchanged_s)
         self._update += 1
-        steps = rollout.rewards.numel()
-        self._agent_steps += steps
-        self._board.add(steps)
-        exchange.step(self._update, self._agent_steps)
+        self._agent_steps += rollout.rewards.numel()
         now_s = time.time() - self._info.t0
         for episode in rollout.episodes:
             row = (now_s, self._update, self._agent_steps, episode.env_index, episode.episode_return, episode.length)
             self._recorder.append("episodes", row)
         self._board.note_episodes(rollout.episodes, now_s)
+        # Nothing in here waits longer than this by its own rules; the watchdog is for a library that does.
+        with self._watchdog.limit(4 * self._timeout_s, "the exchange: the MPI library has not returned"):
+            if exchange.step(self._agent_steps):
+                self._learner.forget()
+            self._board.report(self._agent_steps, self._update, counters.staleness)
+        now_s = time.time() - self._info.t0
         if measure:
             self._record(now_s, losses)
         self._record_sketch(now_s)
-        if now_s - self._status_at_s >= STATUS_EVERY_S:
-            self._status_at_s = now_s
-            self._board.post_status(self._agent_steps, self._update, counters.staleness)
         self._recorder.flush_if_due()
 
     def _record(self, now_s: float, losses: Losses) -> None:
@@ -228,6 +264,7 @@ class Agent:
                 counters.messages_mixed,
                 counters.messages_dropped,
                 counters.messages_rejected,
+                counters.divergences,
                 counters.staleness,
                 counters.message_age_s,
                 counters.neighbour_distance,

@@ -1,46 +1,58 @@
-"""The notice board of a run, in the window of rank 0: the shared counter of agent steps, requests to stop, and
-the latest status of every rank. No call in the training loop is collective.
+"""The notice board of a run: what every rank has done, known to all ranks, kept by none.
 
-    word                 written by                            read by
-    agent steps          every rank: atomic add                every rank: what the add returns
-    stop requests        every rank: atomic add                every rank: what the add returns
-    status mailboxes     rank r writes the r-th (mailbox)      rank 0
+Each rank holds a copy of the whole board and writes the row that is its own. Copies spread by mailboxes over a
+directed exponential graph, in log2(size) hops, and are merged row by row: the newer wins. Steps taken, requests to
+stop and the end itself thus reach every rank without a server whose death would end the run. A row's `beat` rises
+whenever its owner comes by, which is the heartbeat: a rank whose beat stands still counts as lost.
+
+    word                        written by                  read by
+    row r of any copy           rank r, then by merging     all ranks, in their own copy
+    mailbox from an in-neighbour that rank (mailbox)        its receiver
+
+No call in the training loop is collective, and none waits.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gala_mpi.courier import Courier
 from gala_mpi.environments import Episode
-from gala_mpi.mailbox import Inbox, Outbox, lay_out
+from gala_mpi.mailbox import Inbox, lay_out
+from gala_mpi.topology import make_topology
 from gala_mpi.waiting import wait_until
-from gala_mpi.window import WORD_BYTES, Window
+from gala_mpi.window import Window
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm, Request
+    from mpi4py.MPI import Intracomm
 
 RECENT_EPISODES = 100
-COUNTER_RANK = 0
+TELL_EVERY_S = 0.05
+STOP, FINISHED, DIVERGED = 1, 2, 4
 
-STATUS = np.dtype(
+ROW = np.dtype(
     [
+        ("beat", "<i8"),
         ("agent_steps", "<i8"),
         ("update", "<i8"),
         ("staleness", "<i8"),
         ("episodes", "<i8"),
-        ("recent", [("time_s", "<f8"), ("episode_return", "<f8")], RECENT_EPISODES),
+        ("flags", "<i8"),
     ]
 )
+RECENT = np.dtype([("time_s", "<f8"), ("episode_return", "<f8"), ("rank", "<i8"), ("number", "<i8")])
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Overview:
-    """What rank 0 knows of the whole run."""
+    """What a rank knows of the whole run."""
 
     agent_steps: int
     episodes: int
@@ -50,112 +62,146 @@ class Overview:
 
 
 class Board:
-    """Making it, `finish` and `free` are collective; all else is local and never waits for another rank's update."""
+    """This rank's copy. Making and freeing it are collective; all else is local.
 
-    def __init__(self, comm: Intracomm) -> None:
-        self._comm = comm
-        statuses = comm.size if comm.rank == COUNTER_RANK else 0
-        places, nbytes = lay_out([STATUS.itemsize] * comm.size)
-        self._words = nbytes
-        self._window = Window(comm, nbytes + 2 * WORD_BYTES if statuses else WORD_BYTES)
-        self._inboxes = [Inbox(self._window, place) for place in places[:statuses]]
-        self._outbox = Outbox(self._window, COUNTER_RANK, places[comm.rank])
-        self._statuses = np.zeros(comm.size, STATUS)
-        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_EPISODES)
-        self._episodes = 0
-        self._pending = np.zeros(2, np.int64)
-        self._adding = np.zeros(2, np.int64)
-        self._before = np.zeros(2, np.int64)
-        self._request: Request | None = None
-        self._asked_to_stop = False
-        self.total_steps = 0
-        self.stop_requested = False
+    A rank is lost when its row has not changed for `timeout_s` seconds, and back when it does.
+    """
+
+    def __init__(self, comm: Intracomm, courier: Courier, timeout_s: float) -> None:
+        self._rank, self._timeout_s = comm.rank, timeout_s
+        self._copy = np.zeros(1, [("rows", ROW, (comm.size,)), ("recent", RECENT, (RECENT_EPISODES,))])
+        self._rows, self._recent = self._copy["rows"][0], self._copy["recent"][0]
+        self._mine = self._rows[comm.rank : comm.rank + 1]
+        graph = make_topology("exponential", comm.size)
+        places = [lay_out([self._copy.nbytes] * len(sources)) for sources in graph.in_edges]
+        self._window = Window(comm, max(places[comm.rank][1], 1))
+        self._inboxes = [Inbox(self._window, place) for place in places[comm.rank][0]]
+        self._outboxes = [
+            courier.outbox(self._window, target, places[target][0][graph.in_neighbours(target).index(comm.rank)])
+            for target in graph.out_neighbours(comm.rank)
+        ]
+        self._heard_at_s = np.full(comm.size, math.inf)
+        self._lost = np.zeros(comm.size, bool)
+        self._told_at_s = 0.0
         comm.Barrier()
 
-    def add(self, steps: int) -> None:
-        """Add agent steps to the shared counter, lazily: at most one addition is under way at any time."""
-        self._pending[0] += steps
-        self._advance()
+    @property
+    def total_steps(self) -> int:
+        """Agent steps of all ranks, as far as this rank knows; exact after `finish`, if no rank is lost."""
+        return int(self._rows["agent_steps"].sum())
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether some rank asked all to stop."""
+        return bool((self._rows["flags"] & STOP).any())
+
+    @property
+    def lost(self) -> list[int]:
+        """Ranks that count as lost, ascending."""
+        return [int(rank) for rank in np.flatnonzero(self._lost)]
+
+    @property
+    def diverged(self) -> list[int]:
+        """Ranks that ended since their parameters were not finite, ascending."""
+        return [int(rank) for rank in np.flatnonzero(self._rows["flags"] & DIVERGED)]
+
+    @property
+    def speaker(self) -> int:
+        """The rank that speaks for the run: the lowest that is not lost."""
+        return int(np.argmin(self._lost))
 
     def ask_all_to_stop(self) -> None:
-        """Let every rank see, with its next look at the counter, that the run is to end."""
-        if not self._asked_to_stop:
-            self._asked_to_stop = True
-            self._pending[1] += 1
-            self.stop_requested = True
-
-    def _advance(self) -> None:
-        if self._harvest():
-            self._adding[:] = self._pending
-            self._pending[:] = 0
-            self._request = self._window.start_add(self._adding, self._before, COUNTER_RANK, self._words)
-
-    def _harvest(self) -> bool:
-        """Take the result of the addition under way, if it is there; whether none is under way any more."""
-        if self._request is not None:
-            if not self._request.Test():
-                return False
-            self._request = None
-            self.total_steps = int(self._before[0] + self._adding[0])
-            self.stop_requested |= bool(self._before[1] + self._adding[1])
-        return True
+        """Let every rank see, within a few beats, that the run is to end."""
+        self._mine["flags"] |= STOP
 
     def note_episodes(self, episodes: list[Episode], time_s: float) -> None:
-        """Remember finished episodes for the next status."""
-        self._episodes += len(episodes)
-        self._recent.extend((time_s, episode.episode_return) for episode in episodes)
+        """Add finished episodes to the most recent ones of the run."""
+        if episodes:
+            first = int(self._mine["episodes"][0])
+            self._mine["episodes"] += len(episodes)
+            rows = [(time_s, e.episode_return, self._rank, first + 1 + k) for k, e in enumerate(episodes)]
+            self._keep_recent(np.array(rows, RECENT))
 
-    def post_status(self, agent_steps: int, update: int, staleness: int) -> None:
-        """Publish this rank's status."""
-        status = np.zeros(1, STATUS)
-        recent = status["recent"][0]
-        recent["time_s"] = -np.inf
-        if self._recent:
-            recent[: len(self._recent)] = np.array(self._recent, dtype=[("t", "<f8"), ("r", "<f8")])
-        status["agent_steps"], status["update"] = agent_steps, update
-        status["staleness"], status["episodes"] = staleness, self._episodes
-        self._outbox.post(status, update=update, time_s=time.time(), agent_steps=agent_steps)
+    def report(self, agent_steps: int, update: int, staleness: int) -> None:
+        """Write this rank's row, read what others have sent, and from time to time send on what is known."""
+        self._mine["agent_steps"], self._mine["update"], self._mine["staleness"] = agent_steps, update, staleness
+        self._read()
+        if time.monotonic() - self._told_at_s >= TELL_EVERY_S:
+            self.tell()
+
+    def tell(self) -> None:
+        """Send on what is known, at once."""
+        self._told_at_s = time.monotonic()
+        self._mine["beat"] += 1
+        for outbox in self._outboxes:
+            outbox.post(self._copy, update=int(self._mine["beat"][0]), time_s=time.time(), agent_steps=0)
 
     def overview(self) -> Overview:
-        """The run as the latest statuses show it. For rank 0 only."""
-        for rank, inbox in enumerate(self._inboxes):
-            message = inbox.take()
-            if message is not None:
-                self._statuses[rank] = message.payload.view(STATUS)[0]
-        recent = self._statuses["recent"].reshape(-1)
-        recent = recent[(recent["time_s"] > 0)]
-        newest = recent[np.argsort(recent["time_s"], kind="stable")][-RECENT_EPISODES:]
+        """The run as this rank knows it."""
+        known = self._recent[self._recent["number"] > 0]
         return Overview(
-            agent_steps=int(self._statuses["agent_steps"].sum()),
-            episodes=int(self._statuses["episodes"].sum()),
-            mean_return=float(newest["episode_return"].mean()) if len(newest) else float("nan"),
-            averaged=len(newest),
-            staleness=int(self._statuses["staleness"].max()),
+            agent_steps=self.total_steps,
+            episodes=int(self._rows["episodes"].sum()),
+            mean_return=float(known["episode_return"].mean()) if len(known) else math.nan,
+            averaged=len(known),
+            staleness=int(self._rows["staleness"].max()),
         )
 
-    def finish(self, timeout_s: float) -> None:
-        """Wait until every rank has come here; then `total_steps` is exact. Collective.
+    def finish(self, *, diverged: bool = False) -> None:
+        """Say that this rank is done, and wait until every other is, or is lost.
 
-        Raises TimeoutError if, for `timeout_s` seconds, neither the last rank comes nor the counter moves.
+        Waits as long as ranks that still work are heard: each of them ends, or falls silent and is lost.
         """
-        self._refresh(timeout_s)
-        arrival = self._comm.Ibarrier()
-        while not wait_until(arrival.Test, timeout_s):
-            seen = self.total_steps
-            self._refresh(timeout_s)
-            if self.total_steps == seen:
-                raise TimeoutError(
-                    f"some rank neither finished nor took a step for {timeout_s:g} s (--neighbour-timeout-s)"
-                )
-        self._refresh(timeout_s)
+        self._mine["flags"] |= FINISHED | (DIVERGED if diverged else 0)
 
-    def _refresh(self, timeout_s: float) -> None:
-        """Add what is pending, and see what the counter then says."""
-        for _ in range(2):
-            if not wait_until(self._harvest, timeout_s):
-                raise TimeoutError(f"rank {COUNTER_RANK} did not answer for {timeout_s:g} s (--neighbour-timeout-s)")
-            self._advance()
-        wait_until(self._harvest, timeout_s)
+        def all_ended() -> bool:
+            self._read()
+            if time.monotonic() - self._told_at_s >= TELL_EVERY_S:
+                self.tell()
+            return bool(((self._rows["flags"] & FINISHED > 0) | self._lost).all())
+
+        self.tell()
+        while not wait_until(all_ended, self._timeout_s):
+            pass
+        # Whoever waits for a rank that leaves now learns from this copy all that it waits for.
+        self.tell()
+
+    def _read(self) -> None:
+        now = time.monotonic()
+        for inbox in self._inboxes:
+            if message := inbox.take():
+                self._merge(message.payload.view(self._copy.dtype)[0], now)
+        self._heard_at_s[self._rank] = now
+        self._look_for_lost(now)
+
+    def _merge(self, other: np.void, now: float) -> None:
+        newer = other["rows"]["beat"] > self._rows["beat"]
+        newer[self._rank] = False
+        self._rows[newer] = other["rows"][newer]
+        self._heard_at_s[newer] = now
+        if not np.array_equal(self._recent, other["recent"]):
+            self._keep_recent(other["recent"])
+
+    def _keep_recent(self, more: np.ndarray) -> None:
+        """Keep the newest of what is known and `more`; the same episode counts once."""
+        both = np.concatenate([self._recent, more])
+        _, first = np.unique(both[["rank", "number"]], return_index=True)
+        both = both[first]
+        both = both[both["number"] > 0]
+        newest = both[np.argsort(both["time_s"], kind="stable")][-RECENT_EPISODES:]
+        self._recent[:] = 0
+        self._recent[: len(newest)] = newest
+
+    def _look_for_lost(self, now: float) -> None:
+        # Patience begins with the first look, not while ranks are still being set up.
+        self._heard_at_s[np.isinf(self._heard_at_s)] = now
+        silent = now - self._heard_at_s > self._timeout_s
+        lost = silent & (self._rows["flags"] & FINISHED == 0)
+        for rank in np.flatnonzero(lost & ~self._lost):
+            log.warning("rank %d has not been heard of for %g s: the run goes on without it", rank, self._timeout_s)
+        for rank in np.flatnonzero(self._lost & ~lost):
+            log.warning("rank %d is back in the run", rank)
+        self._lost = lost
 
     def free(self) -> None:
         """Free the window. Collective, after `finish`."""

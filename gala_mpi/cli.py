@@ -1,7 +1,8 @@
 """The command line: reads the configuration, checks it on all ranks at once, and runs the agent.
 
 Exit codes: 0 the budget or the time limit is reached; 1 an error, with its traceback; 2 a setting that cannot
-be used; 75 stopped by a signal before that.
+be used; 3 the budget is reached, but ranks were lost on the way; 4 the same, but ranks ended as their parameters
+were not finite; 75 stopped by a signal before that.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
     from gala_mpi.agent import RunInfo, StopRequest, Summary
 
-EXIT_ERROR, EXIT_CONFIG, EXIT_STOPPED = 1, 2, 75
+EXIT_ERROR, EXIT_CONFIG, EXIT_LOST, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 4, 75
+GRACE_S = 1.0
 CONFIG_FILE = "config.toml"
 TRAIN_HELP = "Train a policy: mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/pong"
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -126,10 +128,33 @@ def _train(args: list[str], comm: MPI.Intracomm) -> int:
         print(_banner(config, comm, info), flush=True)
     with _signals(stop):
         summary = agent.train(info, stop)
-        agent.free()
-    if comm.rank == 0:
+    if comm.rank == summary.speaker:
         print(_farewell(summary, info), flush=True)
-    return EXIT_STOPPED if summary.stopped else 0
+    code = _exit_code(summary)
+    if summary.lost:
+        _leave(comm, code, speaks=comm.rank == summary.speaker)
+    agent.free()
+    return code
+
+
+def _exit_code(summary: Summary) -> int:
+    if summary.stopped:
+        return EXIT_STOPPED
+    if summary.lost:
+        return EXIT_LOST
+    return EXIT_DIVERGED if summary.diverged else 0
+
+
+def _leave(comm: MPI.Intracomm, code: int, *, speaks: bool) -> NoReturn:
+    """End the job without the ranks that are lost: no collective call, MPI_Finalize included, would return."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All files are closed. One rank ends the job, lost processes that still exist too; a launcher may drop what it
+    # has not forwarded yet.
+    time.sleep(GRACE_S if speaks else 10 * GRACE_S)
+    if speaks:
+        comm.Abort(code)
+    os._exit(code)
 
 
 def parse(args: list[str]) -> TrainConfig:
@@ -260,11 +285,12 @@ def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
 def _farewell(summary: Summary, info: RunInfo) -> str:
     from gala_mpi.monitor import returns_line
 
-    overview = summary.overview
-    returns = returns_line(overview) if overview else ""
+    returns = returns_line(summary.overview)
     ended = f"stopped ({summary.stopped})" if summary.stopped else "finished"
     speed = summary.total_steps / max(summary.seconds, 1e-9)
-    return (
+    missed = f"lost ranks: {', '.join(map(str, summary.lost))}\n" if summary.lost else ""
+    missed += f"ranks that diverged: {', '.join(map(str, summary.diverged))}\n" if summary.diverged else ""
+    return missed + (
         f"{ended}: {summary.total_steps:,} steps in {summary.seconds:,.1f} s ({speed:,.0f} steps/s), {returns}\n"
         f"metrics in {info.folder}"
     )

@@ -128,6 +128,12 @@ class ExchangeConfig:
     for another."""
     wire: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the parameters on the way to a neighbour."""
+    delivery: Literal["auto", "inline", "background"] = "auto"
+    """How messages are sent. inline: by the learner itself, at the speed of memory on one node; background: by a
+    communication thread; auto: inline to neighbours on the same node, background to others."""
+    on_divergence: Literal["adopt", "stop"] = "adopt"
+    """What a rank does whose parameters are not finite any more (it never sends them). adopt: go on with a
+    neighbour's; stop: end its part of the run."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "max_staleness")

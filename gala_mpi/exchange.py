@@ -9,9 +9,9 @@ import torch
 from mpi4py import MPI
 
 from gala_mpi.config import ExchangeConfig
+from gala_mpi.courier import Courier
 from gala_mpi.gossip import ExchangeCounters, Gossip, InNeighbour, share_parameters
 from gala_mpi.parameters import FlatParameters
-from gala_mpi.topology import make_topology
 from gala_mpi.waiting import Watchdog
 
 
@@ -22,16 +22,20 @@ class Exchange(Protocol):
     counters: ExchangeCounters
     in_neighbours: list[InNeighbour]
 
+    @property
+    def ways(self) -> dict[int, str]:
+        """How messages go to each out-neighbour: inline or background."""
+
     def average_gradient(self, grad: torch.Tensor) -> None:
         """Act on the flat gradient (n,) before the learner uses it."""
 
-    def step(self, update: int, agent_steps: int) -> None:
-        """Act on the parameters after the learner's update."""
+    def step(self, agent_steps: int) -> bool:
+        """Act on the parameters after the learner's update; whether they were replaced as they were not finite."""
 
     def agree(self, stop: bool) -> bool:
         """Whether this rank ends now, given whether it wants to."""
 
-    def finish(self, update: int, agent_steps: int) -> None:
+    def finish(self) -> None:
         """Say that this rank's last update is done."""
 
     def free(self) -> None:
@@ -46,19 +50,21 @@ class NoExchange:
     def __init__(self, flat: FlatParameters, comm: MPI.Intracomm) -> None:
         self.counters = ExchangeCounters()
         self.in_neighbours: list[InNeighbour] = []
+        self.ways: dict[int, str] = {}
         share_parameters(flat, comm)
 
     def average_gradient(self, grad: torch.Tensor) -> None:
         """Gradients stay as they are."""
 
-    def step(self, update: int, agent_steps: int) -> None:
+    def step(self, agent_steps: int) -> bool:
         """Parameters stay as they are."""
+        return False
 
     def agree(self, stop: bool) -> bool:
         """Each rank decides for itself."""
         return stop
 
-    def finish(self, update: int, agent_steps: int) -> None:
+    def finish(self) -> None:
         """Nobody listens."""
 
     def free(self) -> None:
@@ -103,7 +109,7 @@ class AllReduce(NoExchange):
         return self._all_stop
 
 
-def make_exchange(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intracomm) -> Exchange:
+def make_exchange(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intracomm, courier: Courier) -> Exchange:
     """The exchange that the configuration asks for. Collective."""
     if config.exchange == "allreduce":
         return AllReduce(flat, comm, config.neighbour_timeout_s)
@@ -112,8 +118,10 @@ def make_exchange(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intrac
     return Gossip(
         flat,
         comm,
-        make_topology(config.topology, comm.size),
+        config.topology,
         wire=config.wire,
         max_staleness=config.max_staleness,
         neighbour_timeout_s=config.neighbour_timeout_s,
+        delivery=courier,
+        on_divergence=config.on_divergence,
     )

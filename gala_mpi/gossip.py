@@ -3,6 +3,11 @@
 One step posts the parameters, and mixes if every in-neighbour has left a message since the last mix:
 x <- w0 x + sum of w_k m_k. Posting never waits; mixing waits only under a bound on staleness, and then with a
 deadline (GALA: Assran et al. 2019, arXiv:1906.04585, algorithm 1).
+
+That wait cannot lock ranks against each other. Each posts before it looks, so a neighbour that is waited for has
+posted since it began its own update, and that message was mixed already: the waiting rank began its update after
+that neighbour began its own. Round a circle of ranks that all wait, each would have begun after the next. Over a
+rotating topology the same holds of the rank that was posted to.
 """
 
 from __future__ import annotations
@@ -10,25 +15,34 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+from torch import nn
 
 from gala_mpi import _native
-from gala_mpi.mailbox import Delivery, Inbox, Message, Outbox, lay_out
+from gala_mpi.courier import Courier
+from gala_mpi.mailbox import Inbox, Message, lay_out
 from gala_mpi.parameters import FlatParameters
-from gala_mpi.topology import Topology
-from gala_mpi.waiting import wait_until
+from gala_mpi.topology import Topology, make_topology
+from gala_mpi.waiting import meet, wait_until
 from gala_mpi.window import Window
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from mpi4py.MPI import Intracomm
 
 WIRES = ("float32", "bfloat16", "float16")
 log = logging.getLogger(__name__)
+
+
+class DivergedError(RuntimeError):
+    """This rank's parameters are not finite, and it is not to go on with those of a neighbour, or cannot."""
 
 
 @dataclass
@@ -55,6 +69,7 @@ class ExchangeCounters:
     messages_mixed: int = 0
     messages_dropped: int = 0
     messages_rejected: int = 0
+    divergences: int = 0
     staleness: int = 0
     message_age_s: float = math.nan
     neighbour_distance: float = math.nan
@@ -70,28 +85,50 @@ class ExchangeCounters:
 
 
 class Gossip:
-    """Gossip of the flat parameters over a topology. Making and freeing it are collective; a step is local.
+    """Gossip of a model's float32 parameters over a topology, for any training loop:
 
-    All ranks start from the parameters of rank 0.
+        gossip = Gossip(model, comm, topology="ring")
+        ...
+        optimizer.step(); gossip.step()
+
+    Making and freeing it are collective; a step is local. All ranks start from the parameters of rank 0. Buffers
+    (running statistics, say) and the optimiser's state stay each rank's own.
+
+    model: its parameters become views into one flat buffer (`FlatParameters`). topology: a name, or a Topology over
+    comm.size ranks. wire: type of the parameters under way. max_staleness: updates without a mix after which a
+    step waits for messages; None never waits. neighbour_timeout_s: silence after which an in-neighbour is left out
+    until it is heard again. delivery: auto, inline or background, or a Courier to share. on_divergence: whether a
+    rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError.
     """
 
     synchronous = False
 
     def __init__(
         self,
-        flat: FlatParameters,
+        model: nn.Module | FlatParameters,
         comm: Intracomm,
-        topology: Topology,
+        topology: str | Topology = "ring",
         *,
         wire: str = "float32",
         max_staleness: int | None = None,
         neighbour_timeout_s: float = 60.0,
+        delivery: str | Courier = "auto",
+        on_divergence: Literal["adopt", "stop"] = "adopt",
     ) -> None:
-        self._flat, self._wire = flat, WIRES.index(wire)
+        self._flat = model if isinstance(model, FlatParameters) else FlatParameters(model)
+        self._comm, self._wire = comm, WIRES.index(wire)
         self._max_staleness, self._timeout_s = max_staleness, neighbour_timeout_s
+        self._adopts = on_divergence == "adopt"
+        self._update = self._agent_steps = 0
         self.counters = ExchangeCounters()
-        share_parameters(flat, comm)
-        nbytes = flat.size * _native.WIRE_ITEMSIZE[wire]
+        share_parameters(self._flat, comm)
+        self._own_courier = Courier(comm, delivery) if isinstance(delivery, str) else None
+        courier: Courier = self._own_courier or delivery  # type: ignore[assignment]
+        self._courier = courier
+        if isinstance(topology, str):
+            topology = make_topology(topology, comm.size, courier.nodes)
+        self.topology = topology
+        nbytes = self._flat.size * _native.WIRE_ITEMSIZE[wire]
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
         places = [lay_out([nbytes] * len(sources)) for sources in topology.in_edges]
         own_places, total_bytes = places[comm.rank]
@@ -101,59 +138,102 @@ class Gossip:
             InNeighbour(rank, weight, Inbox(self._window, place))
             for rank, weight, place in zip(topology.in_neighbours(comm.rank), weights, own_places, strict=True)
         ]
-        # Inline: on one node a Put from the live parameters is one copy at the speed of memory.
-        self._deliveries: list[Delivery] = [
-            Outbox(self._window, target, places[target][0][topology.in_neighbours(target).index(comm.rank)])
+        self._deliveries = {
+            target: courier.outbox(
+                self._window, target, places[target][0][topology.in_neighbours(target).index(comm.rank)]
+            )
             for target in topology.out_neighbours(comm.rank)
-        ]
+        }
         comm.Barrier()
+
+    @property
+    def ways(self) -> dict[int, str]:
+        """How messages go to each out-neighbour: inline or background."""
+        return {target: self._courier.way_to(target) for target in self._deliveries}
 
     def average_gradient(self, grad: object) -> None:
         """Gossip leaves gradients alone."""
 
-    def step(self, update: int, agent_steps: int) -> None:
-        """Post the parameters, then mix if the messages are there (or the bound on staleness says to wait)."""
+    def step(self, agent_steps: int = 0) -> bool:
+        """Post the parameters, then mix if the messages are there (or the bound on staleness says to wait).
+
+        `agent_steps` is told to the neighbours. Returns whether the parameters were replaced by a neighbour's,
+        since they were not finite: the optimiser's state is then to be reset. Raises DivergedError.
+        """
+        self._update, self._agent_steps = self._update + 1, agent_steps
         with self.counters.timed():
-            self._post(update, agent_steps)
-            found, missing = self._look()
-            if missing and self._too_stale():
+            self._courier.check()
+            state = self._flat.host()
+            if not _native.all_finite(state):
+                self._recover(state)
+                return True
+            self._post(state, self.topology.targets(self._comm.rank, self._update))
+            ready, missing = self._look()
+            if missing and not ready and self._too_stale():
                 begin = time.perf_counter()
                 # Ends: a neighbour that stays silent becomes lost, and a lost one is not missing.
-                wait_until(lambda: self._look()[1] == 0, 2 * self._timeout_s)
+                wait_until(self._ready_or_alone, 2 * self._timeout_s)
                 self.counters.wait_s += time.perf_counter() - begin
-                found, missing = self._look()
-            if found and not missing:
-                self._mix()
+                ready, _ = self._look()
+            if ready:
+                self._mix(state)
             else:
                 self._pass_over()
+        return False
 
     def agree(self, stop: bool) -> bool:
         """Whether this rank ends: each decides for itself."""
         return stop
 
-    def finish(self, update: int, agent_steps: int) -> None:
+    def finish(self) -> None:
         """Tell the out-neighbours that no message will follow this last one."""
-        self._post(update, agent_steps, last=True)
+        self._post(self._flat.host(), self._deliveries, last=True)
 
     def free(self) -> None:
-        """Free the window. Collective."""
+        """Free the window, and the courier if it is this object's own. Collective."""
+        if self._own_courier is not None:
+            self._own_courier.free()
         self._window.free()
 
-    def _post(self, update: int, agent_steps: int, *, last: bool = False) -> None:
+    def close(self, timeout_s: float = 600.0) -> None:
+        """End the exchange: finish, wait for the other ranks, free. Collective.
+
+        Raises TimeoutError if some rank has not come here within `timeout_s` seconds.
+        """
+        self.finish()
+        if not (self._courier.drain(timeout_s) and meet(self._comm, timeout_s)):
+            raise TimeoutError(f"some rank has not come to the end of the exchange within {timeout_s:g} s")
+        self.free()
+
+    def __enter__(self) -> Gossip:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error the other ranks may never come to the collective end: leave it to the abort.
+        if error is None:
+            self.close()
+
+    def _post(self, payload: npt.NDArray[Any], targets: Iterable[int], *, last: bool = False) -> None:
         if not self._deliveries:
             return
-        payload: np.ndarray = self._flat.host()
         if self._staging is not None:
             _native.pack([payload], self._staging, WIRES[self._wire])
             payload = self._staging
-        for delivery in self._deliveries:
-            delivery.post(
-                payload, update=update, time_s=time.time(), agent_steps=agent_steps, wire=self._wire, last=last
+        for target in targets:
+            self._deliveries[target].post(
+                payload,
+                update=self._update,
+                time_s=time.time(),
+                agent_steps=self._agent_steps,
+                wire=self._wire,
+                last=last,
             )
             self.counters.messages_sent += 1
 
-    def _look(self) -> tuple[int, int]:
-        """How many in-neighbours have left a message, and how many are expected to but have not."""
+    def _look(self) -> tuple[bool, int]:
+        """Whether there is what a mix needs, and how many in-neighbours are expected to send but have not."""
         now = time.monotonic()
         found = missing = 0
         for neighbour in self.in_neighbours:
@@ -177,7 +257,11 @@ class Gossip:
                     neighbour.rank,
                     self._timeout_s,
                 )
-        return found, missing
+        return found > 0 and (not missing or self.topology.rotating), missing
+
+    def _ready_or_alone(self) -> bool:
+        ready, missing = self._look()
+        return ready or not missing
 
     def _too_stale(self) -> bool:
         return self._max_staleness is not None and self.counters.staleness >= self._max_staleness
@@ -188,12 +272,15 @@ class Gossip:
         for neighbour in self.in_neighbours:
             neighbour.staleness += 1
 
-    def _mix(self) -> None:
+    def _mix(self, state: npt.NDArray[np.float32]) -> None:
         taken = [(neighbour, message) for neighbour in self.in_neighbours if (message := neighbour.inbox.take())]
-        weights = [neighbour.weight for neighbour, _ in taken]
+        if self.topology.rotating:
+            weights = [1 / (1 + len(taken))] * len(taken)
+        else:
+            weights = [neighbour.weight for neighbour, _ in taken]
         # The weight of a neighbour that is left out stays with this rank's own parameters.
         squared, accepted = _native.mix(
-            self._flat.host(), 1 - sum(weights), [message.payload for _, message in taken], weights, WIRES[self._wire]
+            state, 1 - sum(weights), [message.payload for _, message in taken], weights, WIRES[self._wire]
         )
         self._flat.store_host()
         for neighbour in self.in_neighbours:
@@ -224,6 +311,33 @@ class Gossip:
                 neighbour.rank,
                 self.counters.messages_rejected,
             )
+
+    def _recover(self, state: npt.NDArray[np.float32]) -> None:
+        """Go on with a neighbour's parameters in place of those that are not finite; none of them was posted."""
+        self.counters.divergences += 1
+        what = f"the parameters are not finite after update {self._update}"
+        if not self._adopts:
+            raise DivergedError(f"{what} (--on-divergence stop)")
+        begin = time.perf_counter()
+        wait_until(lambda: self._adopt(state) or self._look() == (False, 0), 2 * self._timeout_s)
+        self.counters.wait_s += time.perf_counter() - begin
+        if not _native.all_finite(state):
+            raise DivergedError(f"{what}, and no neighbour has sent any to go on with")
+        log.warning("%s: went on with those of a neighbour (%d times so far)", what, self.counters.divergences)
+
+    def _adopt(self, state: npt.NDArray[np.float32]) -> bool:
+        """Take over the first message that is there and finite."""
+        for neighbour in self.in_neighbours:
+            message = neighbour.inbox.take()
+            if message is not None:
+                state.fill(0)
+                _, (accepted,) = _native.mix(state, 0.0, [message.payload], [1.0], WIRES[self._wire])
+                self._account(neighbour, message, math.nan, accepted)
+                if accepted:
+                    self._flat.store_host()
+                    return True
+                state.fill(math.nan)
+        return False
 
 
 def share_parameters(flat: FlatParameters, comm: Intracomm) -> None:

@@ -64,6 +64,10 @@ class Learner:
             [flat.parameter], lr=learning_rate, alpha=config.rmsprop_alpha, eps=config.rmsprop_epsilon
         )
 
+    def forget(self) -> None:
+        """Reset the optimiser's state, as after parameters that were not finite."""
+        self._optimizer.state.clear()
+
     def update(self, rollout: Rollout, progress: float, *, measure: bool) -> Losses:
         """One step on `rollout`; `progress` in [0, 1] is how much of the budget is spent.
 

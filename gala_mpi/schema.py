@@ -70,6 +70,7 @@ TABLES = (
             Column("messages_mixed", "<i8", "messages", "sum: averaged into the parameters"),
             Column("messages_dropped", "<i8", "messages", "sum: replaced by a newer one before they were taken"),
             Column("messages_rejected", "<i8", "messages", "sum: not mixed since a value was not finite"),
+            Column("divergences", "<i8", "1", "sum: updates after which the parameters were not finite"),
             Column("staleness", "<i8", "updates", "updates since the last mix"),
             Column("message_age_s", "<f8", "s", "age of the oldest message of the last mix, by both ranks' clocks"),
             Column("neighbour_distance", "<f8", "1", "mean norm of parameters - message at the last mix, before it"),

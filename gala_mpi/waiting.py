@@ -8,6 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
 
 YIELD_FOR_S = 0.002
 LONGEST_SLEEP_S = 0.001
@@ -32,6 +36,11 @@ def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
             time.sleep(sleep_s)
             sleep_s = min(2 * sleep_s, LONGEST_SLEEP_S)
     return True
+
+
+def meet(comm: Intracomm, timeout_s: float) -> bool:
+    """Wait for all ranks of `comm` to come here; False if one has not within `timeout_s` seconds. Collective."""
+    return wait_until(comm.Ibarrier().Test, timeout_s)
 
 
 class Watchdog:

@@ -18,6 +18,20 @@ PAGE_BYTES = 4096
 WORD_BYTES = 8
 
 Bytes = npt.NDArray[np.uint8]
+MpiError = MPI.Exception
+
+
+def node_leaders(comm: MPI.Intracomm) -> list[int]:
+    """For each rank the lowest rank with which it shares memory, by the library's own word. Collective."""
+    shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    leader = shared.allreduce(comm.rank, MPI.MIN)
+    shared.Free()
+    return comm.allgather(leader)
+
+
+def may_call_from_threads() -> bool:
+    """Whether the library lets two threads of a rank call it at once."""
+    return MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
 
 class Window:
@@ -31,6 +45,8 @@ class Window:
         info = MPI.Info.Create()
         info.Set("same_disp_unit", "true")
         info.Set("mpi_minimum_memory_alignment", str(PAGE_BYTES))
+        # Control words see REPLACE and NO_OP only, which lets a library take its cheaper atomics.
+        info.Set("accumulate_ops", "same_op_no_op")
         # One page more than asked for: the alignment above is a hint that a library may ignore.
         self._win = MPI.Win.Allocate(nbytes + PAGE_BYTES, 1, info, comm)
         info.Free()
@@ -45,6 +61,7 @@ class Window:
         # Pages may start at another place on every rank: an origin counts from the target's own shift.
         self._shifts: list[int] = comm.allgather(shift)
         self._memory: Bytes | None = whole[shift : shift + nbytes]
+        # Scratch of the blocking atomics, which the rank's main thread alone calls.
         self._word = np.zeros(1, np.int64)
         self._result = np.zeros(1, np.int64)
         self.rank = comm.rank
@@ -85,20 +102,24 @@ class Window:
         self._win.Flush(target)
         return int(self._result[0])
 
-    def start_add(
-        self, values: npt.NDArray[np.int64], before: npt.NDArray[np.int64], target: int, offset: int
-    ) -> MPI.Request:
-        """Start to add `values` to the target's words, each atomically; `before` gets what was there.
+    def start_put(self, data: npt.NDArray[Any], target: int, offset: int) -> MPI.Request:
+        """Start to write `data` (contiguous) into the target's memory, without ever waiting.
 
-        Both arrays must be left alone until the request is complete.
+        Once the request is complete `data` may change; a `flush` then says that it has arrived.
         """
-        count = len(values)
+        place = [self._shifts[target] + offset, data.nbytes, MPI.BYTE]
+        return self._win.Rput([data, data.nbytes, MPI.BYTE], target, place)
+
+    def start_swap(
+        self, value: npt.NDArray[np.int64], before: npt.NDArray[np.int64], target: int, offset: int
+    ) -> MPI.Request:
+        """Start to write a control word atomically; `before` (1,) gets what was there, once the request is complete."""
         return self._win.Rget_accumulate(
-            [values, count, MPI.INT64_T],
-            [before, count, MPI.INT64_T],
+            [value, 1, MPI.INT64_T],
+            [before, 1, MPI.INT64_T],
             target,
-            [self._shifts[target] + offset, count, MPI.INT64_T],
-            MPI.SUM,
+            [self._shifts[target] + offset, 1, MPI.INT64_T],
+            MPI.REPLACE,
         )
 
     def sync(self) -> None:

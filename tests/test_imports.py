@@ -23,6 +23,7 @@ ORDER = (
         "waiting",
         "window",
         "mailbox",
+        "courier",
         "gossip",
     ),
     *("exchange", "environments", "networks", "rollout", "learner", "board", "schema", "recorder", "monitor"),

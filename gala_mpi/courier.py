@@ -1,0 +1,218 @@
+"""The courier: the communication thread of a rank that has neighbours on other nodes.
+
+Between nodes a one-sided operation may move only while its target is inside the MPI library. The thread is what
+is inside: for messages going out, which it carries in the background, and for those coming in, whose progress
+engine it is. It never blocks on another rank. Every operation is request-based and polled, so a neighbour that
+is slow, stopped or dead delays its own mailbox alone, and costs no processor time.
+
+    who                   writes                                     reads
+    learner (post)        the spare snapshot, then the waiting one   -
+    courier (carry)       the slot `back`, the control word          the snapshot in flight
+
+A snapshot changes hands under one lock, held for a few assignments. One that waits is replaced by a newer one.
+The order that the mailbox needs: the Put's request is complete, and flushed, before the swap that publishes it is
+started; the next Put starts once the swap's request has brought the new `back` home (MPI-4.1, section 12.5).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gala_mpi.mailbox import FRESH, HEADER, Delivery, Outbox, Place
+from gala_mpi.waiting import wait_until
+from gala_mpi.window import MpiError, Window, may_call_from_threads, node_leaders
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm, Request
+
+# While something is on its way out, and while there may only be something coming in.
+CARRYING_SLEEP_S = 0.0005
+IDLE_SLEEP_S = 0.001
+log = logging.getLogger(__name__)
+
+
+class Snapshot:
+    """A message as it is sent: the header, and behind it the payload."""
+
+    def __init__(self, capacity: int) -> None:
+        self.memory = np.zeros(HEADER.itemsize + capacity, np.uint8)
+        self.header = self.memory[: HEADER.itemsize].view(HEADER)
+        self.nbytes = 0
+
+
+class BackgroundOutbox:
+    """The sending end of a mailbox whose messages the courier carries; see `mailbox.Outbox`.
+
+    `post` is for the learner's thread, and `carry` for the courier's.
+    """
+
+    def __init__(self, window: Window, target: int, place: Place) -> None:
+        self._window, self.target, self._place = window, target, place
+        self._back = 0
+        self._lock = threading.Lock()
+        self._spare = Snapshot(place.capacity)
+        self._free = [Snapshot(place.capacity), Snapshot(place.capacity)]
+        self._waiting: Snapshot | None = None
+        self._in_flight: Snapshot | None = None
+        self._put: Request | None = None
+        self._swap: Request | None = None
+        self._word, self._before = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._failed = False
+
+    def post(
+        self,
+        payload: npt.NDArray[Any],
+        *,
+        update: int,
+        time_s: float,
+        agent_steps: int,
+        wire: int = 0,
+        last: bool = False,
+    ) -> None:
+        """Leave a copy of `payload` for the courier, in place of one that it has not fetched yet."""
+        if payload.nbytes > self._place.capacity:
+            raise ValueError(f"payload of {payload.nbytes} bytes exceeds the capacity of {self._place.capacity}")
+        spare = self._spare
+        spare.header[0] = (update, time_s, agent_steps, self._window.rank, wire, payload.nbytes, last, b"")
+        spare.nbytes = HEADER.itemsize + payload.nbytes
+        spare.memory[HEADER.itemsize : spare.nbytes] = payload.reshape(-1).view(np.uint8)
+        with self._lock:
+            if self._waiting is not None:
+                self._free.append(self._waiting)
+            self._waiting = spare
+            # Of three snapshots one waits now and one may be in flight.
+            self._spare = self._free.pop()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a message waits or is on its way."""
+        with self._lock:
+            return not self._failed and (self._waiting is not None or self._in_flight is not None)
+
+    def carry(self) -> bool:
+        """One step of the delivery, as far as it goes without waiting; whether something is on its way."""
+        if self._failed:
+            return False
+        try:
+            return self._step()
+        except MpiError as error:
+            # Only a library that tells of dead processes comes here: this one will not be back.
+            self._failed = True
+            log.warning("rank %d cannot be reached any more: %s", self.target, error)
+            return False
+
+    def _step(self) -> bool:
+        if self._swap is not None:
+            if not self._swap.Test():
+                return True
+            self._back = int(self._before[0]) & 3
+            self._swap = None
+            with self._lock:
+                assert self._in_flight is not None
+                self._free.append(self._in_flight)
+                self._in_flight = None
+        if self._put is not None:
+            if not self._put.Test():
+                return True
+            # Where a request stands for the whole way, as measured on MPICH and Open MPI, this returns at once.
+            self._window.flush(self.target)
+            self._put = None
+            self._word[0] = self._back | FRESH
+            self._swap = self._window.start_swap(self._word, self._before, self.target, self._place.control)
+            return True
+        with self._lock:
+            if self._waiting is None:
+                return False
+            message, self._waiting = self._waiting, None
+            self._in_flight = message
+        slot = self._place.slots[self._back] - HEADER.itemsize
+        self._put = self._window.start_put(message.memory[: message.nbytes], self.target, slot)
+        return True
+
+
+class Courier:
+    """Chooses how messages go to each rank, and runs the thread where one is needed.
+
+    `delivery`: inline (a Put by the learner), background (by the thread), or auto: inline to ranks of this node,
+    background to others. Making and freeing it are collective; all else is local.
+    """
+
+    def __init__(self, comm: Intracomm, delivery: str = "auto") -> None:
+        self._leaders = node_leaders(comm)
+        self._rank = comm.rank
+        self._delivery = delivery
+        if delivery != "inline" and not may_call_from_threads():
+            self._delivery = "inline"
+            if comm.rank == 0 and (delivery == "background" or len(set(self._leaders)) > 1):
+                log.warning(
+                    "this MPI library grants no MPI_THREAD_MULTIPLE, which background delivery needs: messages to "
+                    "other nodes go inline and may wait for their target"
+                )
+        self.needed = self._delivery == "background" or (self._delivery == "auto" and len(set(self._leaders)) > 1)
+        self._outboxes: list[BackgroundOutbox] = []
+        self._ending = threading.Event()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        # A receive that never completes: testing it is what drives progress on every library tried. A probe of
+        # COMM_SELF moves nothing on MPICH, and one for any source raises on Open MPI once some rank has died.
+        self._comm = comm.Dup()
+        self._never = self._comm.Irecv(np.zeros(1, np.uint8), comm.rank, 0)
+        if self.needed:
+            self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+            self._thread.start()
+
+    @property
+    def nodes(self) -> list[str]:
+        """For each rank the name of its node: equal names mean shared memory."""
+        return [str(leader) for leader in self._leaders]
+
+    def way_to(self, target: int) -> str:
+        """inline or background."""
+        if self._delivery != "auto":
+            return self._delivery
+        return "inline" if self._leaders[target] == self._leaders[self._rank] else "background"
+
+    def outbox(self, window: Window, target: int, place: Place) -> Delivery:
+        """The sending end of a mailbox at `target`, of the kind that the way there needs."""
+        if self.way_to(target) == "inline":
+            return Outbox(window, target, place)
+        made = BackgroundOutbox(window, target, place)
+        self._outboxes = [*self._outboxes, made]
+        return made
+
+    def check(self) -> None:
+        """Raise what has ended the thread, if anything."""
+        if self._error is not None:
+            raise RuntimeError("the communication thread has failed") from self._error
+
+    def drain(self, timeout_s: float, without: Sequence[int] = ()) -> bool:
+        """Wait until all that was posted has arrived, but to the ranks in `without`; False if `timeout_s` is over."""
+        outboxes = [outbox for outbox in self._outboxes if outbox.target not in without]
+        return wait_until(lambda: self._error is not None or not any(o.pending for o in outboxes), timeout_s)
+
+    def free(self) -> None:
+        """End the thread. Collective."""
+        if self._thread is not None:
+            self._ending.set()
+            self._thread.join()
+        self._never.Cancel()
+        self._never.Wait()
+        self._comm.Free()
+
+    def _run(self) -> None:
+        try:
+            while not self._ending.is_set():
+                carrying = False
+                for outbox in self._outboxes:
+                    carrying |= outbox.carry()
+                self._never.Test()
+                time.sleep(CARRYING_SLEEP_S if carrying else IDLE_SLEEP_S)
+        except BaseException as error:
+            self._error = error
