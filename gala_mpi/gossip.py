@@ -12,6 +12,7 @@ rotating topology the same holds of the rank that was posted to.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -22,13 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from gala_mpi import _native
+from gala_mpi.collective import alike_on_all_ranks
 from gala_mpi.courier import Courier
 from gala_mpi.mailbox import Inbox, Message, lay_out
 from gala_mpi.parameters import FlatParameters
-from gala_mpi.topology import Topology, make_topology
+from gala_mpi.topology import HIERARCHICAL, Topology, make_topology
 from gala_mpi.waiting import meet, wait_until
 from gala_mpi.window import Window
 
@@ -38,6 +41,11 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 WIRES = ("float32", "bfloat16", "float16")
+ALLOWED = {
+    "wire": WIRES,
+    "delivery": ("auto", "inline", "background"),
+    "on_divergence": ("adopt", "stop"),
+}
 log = logging.getLogger(__name__)
 
 
@@ -85,20 +93,25 @@ class ExchangeCounters:
 
 
 class Gossip:
-    """Gossip of a model's float32 parameters over a topology, for any training loop:
+    """Gossip of a model's trained float32 parameters over a topology, for any training loop:
 
-        gossip = Gossip(model, comm, topology="ring")
-        ...
-        optimizer.step(); gossip.step()
+        with Gossip(model, comm, topology="ring") as gossip:
+            ...
+            optimizer.step(); gossip.step()
 
-    Making and freeing it are collective; a step is local. All ranks start from the parameters of rank 0. Buffers
-    (running statistics, say) and the optimiser's state stay each rank's own.
+    Making and closing it are collective; a step is local. All ranks start from the parameters of rank 0. Buffers
+    (running statistics, say) and the optimiser's state stay each rank's own. Frozen parameters (requires_grad is
+    False) are taken from rank 0, and then left alone.
 
-    model: its parameters become views into one flat buffer (`FlatParameters`). topology: a name, or a Topology over
-    comm.size ranks. wire: type of the parameters under way. max_staleness: updates without a mix after which a
-    step waits for messages; None never waits. neighbour_timeout_s: silence after which an in-neighbour is left out
-    until it is heard again. delivery: auto, inline or background, or a Courier to share. on_divergence: whether a
-    rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError.
+    model: its trained parameters become views into one flat buffer (`FlatParameters`), the Parameter objects stay:
+    an optimiser may be made before or after. What moves or converts the model comes before. topology: a name, or a
+    Topology over comm.size ranks. wire: type of the parameters under way. max_staleness: updates without a mix
+    after which a step waits for messages; None never waits. neighbour_timeout_s: silence after which an in-neighbour
+    is left out until it is heard again. delivery: auto, inline or background, or a Courier to share. on_divergence:
+    whether a rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError.
+
+    Raises DisagreementError (a ValueError), on all ranks, if one of them was given a model or an option that cannot
+    be used, or another one than rank 0.
     """
 
     synchronous = False
@@ -115,7 +128,17 @@ class Gossip:
         delivery: str | Courier = "auto",
         on_divergence: Literal["adopt", "stop"] = "adopt",
     ) -> None:
-        self._flat = model if isinstance(model, FlatParameters) else FlatParameters(model)
+        options: dict[str, object] = {
+            "wire": wire,
+            "max_staleness": max_staleness,
+            "neighbour_timeout_s": neighbour_timeout_s,
+            "delivery": delivery if isinstance(delivery, str) else "auto",
+            "on_divergence": on_divergence,
+        }
+        self._flat, graph = alike_on_all_ranks(comm, lambda: _prepare(model, topology, comm.size, options))
+        # The training loop hands over flat parameters that nobody else changes.
+        self._model = None if isinstance(model, FlatParameters) else model
+        self._closed = False
         self._comm, self._wire = comm, WIRES.index(wire)
         self._max_staleness, self._timeout_s = max_staleness, neighbour_timeout_s
         self._adopts = on_divergence == "adopt"
@@ -125,24 +148,24 @@ class Gossip:
         self._own_courier = Courier(comm, delivery) if isinstance(delivery, str) else None
         courier: Courier = self._own_courier or delivery  # type: ignore[assignment]
         self._courier = courier
-        if isinstance(topology, str):
-            topology = make_topology(topology, comm.size, courier.nodes)
-        self.topology = topology
+        if topology == HIERARCHICAL:
+            graph = make_topology(topology, comm.size, courier.nodes)
+        self.topology = graph
         nbytes = self._flat.size * _native.WIRE_ITEMSIZE[wire]
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
-        places = [lay_out([nbytes] * len(sources)) for sources in topology.in_edges]
+        places = [lay_out([nbytes] * len(sources)) for sources in graph.in_edges]
         own_places, total_bytes = places[comm.rank]
         self._window = Window(comm, total_bytes)
-        _, weights = topology.weights(comm.rank)
+        _, weights = graph.weights(comm.rank)
         self.in_neighbours = [
             InNeighbour(rank, weight, Inbox(self._window, place))
-            for rank, weight, place in zip(topology.in_neighbours(comm.rank), weights, own_places, strict=True)
+            for rank, weight, place in zip(graph.in_neighbours(comm.rank), weights, own_places, strict=True)
         ]
         self._deliveries = {
             target: courier.outbox(
-                self._window, target, places[target][0][topology.in_neighbours(target).index(comm.rank)]
+                self._window, target, places[target][0][graph.in_neighbours(target).index(comm.rank)]
             )
-            for target in topology.out_neighbours(comm.rank)
+            for target in graph.out_neighbours(comm.rank)
         }
         comm.Barrier()
 
@@ -158,8 +181,13 @@ class Gossip:
         """Post the parameters, then mix if the messages are there (or the bound on staleness says to wait).
 
         `agent_steps` is told to the neighbours. Returns whether the parameters were replaced by a neighbour's,
-        since they were not finite: the optimiser's state is then to be reset. Raises DivergedError.
+        since they were not finite: the optimiser's state is then to be reset. Raises DivergedError, and RuntimeError
+        if the model's parameters were moved or replaced since this object was made.
         """
+        if self._closed:
+            raise RuntimeError("the exchange is closed")
+        if self._model is not None:
+            self._flat.check(self._model)
         self._update, self._agent_steps = self._update + 1, agent_steps
         with self.counters.timed():
             self._courier.check()
@@ -191,17 +219,23 @@ class Gossip:
 
     def free(self) -> None:
         """Free the window, and the courier if it is this object's own. Collective."""
+        self._closed = True
         if self._own_courier is not None:
             self._own_courier.free()
         self._window.free()
 
     def close(self, timeout_s: float = 600.0) -> None:
-        """End the exchange: finish, wait for the other ranks, free. Collective.
+        """End the exchange: finish, wait for the other ranks, free. Collective; a second call does nothing.
 
-        Raises TimeoutError if some rank has not come here within `timeout_s` seconds.
+        Ranks that still train are not held up by one that is here. Raises TimeoutError if some rank has not come
+        here within `timeout_s` seconds.
         """
+        if self._closed:
+            return
         self.finish()
-        if not (self._courier.drain(timeout_s) and meet(self._comm, timeout_s)):
+        arrived = self._courier.drain(timeout_s)
+        self._courier.check()
+        if not (arrived and meet(self._comm, timeout_s)):
             raise TimeoutError(f"some rank has not come to the end of the exchange within {timeout_s:g} s")
         self.free()
 
@@ -317,7 +351,7 @@ class Gossip:
         self.counters.divergences += 1
         what = f"the parameters are not finite after update {self._update}"
         if not self._adopts:
-            raise DivergedError(f"{what} (--on-divergence stop)")
+            raise DivergedError(f"{what} (on_divergence is stop)")
         begin = time.perf_counter()
         wait_until(lambda: self._adopt(state) or self._look() == (False, 0), 2 * self._timeout_s)
         self.counters.wait_s += time.perf_counter() - begin
@@ -341,6 +375,39 @@ class Gossip:
 
 
 def share_parameters(flat: FlatParameters, comm: Intracomm) -> None:
-    """Give every rank the parameters of rank 0. Collective."""
+    """Give every rank the parameters of rank 0, those that are frozen too. Collective."""
     comm.Bcast(flat.host(), root=0)
     flat.store_host()
+    for parameter in flat.frozen:
+        values = parameter.detach().cpu().contiguous()
+        comm.Bcast(values.reshape(-1).view(torch.uint8).numpy(), root=0)
+        parameter.detach().copy_(values)
+
+
+def _prepare(
+    model: nn.Module | FlatParameters, topology: str | Topology, size: int, options: dict[str, object]
+) -> tuple[tuple[FlatParameters, Topology], dict[str, object]]:
+    """What is made of the arguments without a message, and the facts that all ranks must share. Raises ValueError."""
+    for name, allowed in ALLOWED.items():
+        if options[name] not in allowed:
+            raise ValueError(f"{name}: {options[name]!r} cannot be used; expected one of {', '.join(allowed)}")
+    staleness, timeout_s = options["max_staleness"], options["neighbour_timeout_s"]
+    if staleness is not None and not (isinstance(staleness, int) and staleness >= 0):
+        raise ValueError(f"max_staleness: {staleness!r} cannot be used; expected None or an integer of at least 0")
+    if not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
+        raise ValueError(f"neighbour_timeout_s: {timeout_s!r} cannot be used; expected a number above 0")
+    graph = make_topology(topology, size) if isinstance(topology, str) else topology
+    if graph.size != size:
+        raise ValueError(f"topology: {graph.name!r} is one of {graph.size} ranks; expected one of {size}")
+    flat = model if isinstance(model, FlatParameters) else FlatParameters(model, gradients=False)
+    facts = {
+        "the number of trained parameters": flat.size,
+        "the layout of the model's parameters (digest)": _digest(flat.layout),
+        "topology": graph.name,
+        "the edges of the topology (digest)": _digest((graph.in_edges, graph.in_weights, graph.rotating)),
+    }
+    return (flat, graph), facts | options
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
