@@ -7,7 +7,11 @@ deadline (GALA: Assran et al. 2019, arXiv:1906.04585, algorithm 1).
 That wait cannot lock ranks against each other. Each posts before it looks, so a neighbour that is waited for has
 posted since it began its own update, and that message was mixed already: the waiting rank began its update after
 that neighbour began its own. Round a circle of ranks that all wait, each would have begun after the next. Over a
-rotating topology the same holds of the rank that was posted to.
+rotating topology the same holds of the rank that was posted to, as long as that one goes on: a rank that has a
+finished or lost in-neighbour there does not wait. All others hear from such a rank, if only by way of others.
+
+A rank that diverged posts nothing at that update, so it must not wait for a neighbour that waits for it: it goes on
+with the message that it mixed last, whose slot stays its own until it takes the next.
 """
 
 from __future__ import annotations
@@ -67,6 +71,7 @@ class InNeighbour:
     distance: float = math.nan
     lost: bool = False
     finished: bool = False
+    held: Message | None = None
 
 
 @dataclass
@@ -220,6 +225,8 @@ class Gossip:
     def free(self) -> None:
         """Free the window, and the courier if it is this object's own. Collective."""
         self._closed = True
+        for neighbour in self.in_neighbours:
+            neighbour.held = None  # a view of the window's memory
         if self._own_courier is not None:
             self._own_courier.free()
         self._window.free()
@@ -298,6 +305,8 @@ class Gossip:
         return ready or not missing
 
     def _too_stale(self) -> bool:
+        if self.topology.rotating and any(n.finished or n.lost for n in self.in_neighbours):
+            return False
         return self._max_staleness is not None and self.counters.staleness >= self._max_staleness
 
     def _pass_over(self) -> None:
@@ -332,6 +341,7 @@ class Gossip:
         self.counters.messages_dropped += max(message.update - neighbour.update - 1, 0)
         neighbour.update = message.update
         neighbour.finished = message.last
+        neighbour.held = message if mixed else None
         if mixed:
             self.counters.messages_mixed += 1
             neighbour.staleness, neighbour.distance = 0, distance
@@ -360,7 +370,7 @@ class Gossip:
         log.warning("%s: went on with those of a neighbour (%d times so far)", what, self.counters.divergences)
 
     def _adopt(self, state: npt.NDArray[np.float32]) -> bool:
-        """Take over the first message that is there and finite."""
+        """Take over the first message that is there and finite, or else the newest of those mixed last."""
         for neighbour in self.in_neighbours:
             message = neighbour.inbox.take()
             if message is not None:
@@ -371,7 +381,14 @@ class Gossip:
                     self._flat.store_host()
                     return True
                 state.fill(math.nan)
-        return False
+        held = [neighbour.held for neighbour in self.in_neighbours if neighbour.held]
+        if not held:
+            return False
+        newest = max(held, key=lambda message: message.time_s)
+        state.fill(0)
+        _native.mix(state, 0.0, [newest.payload], [1.0], WIRES[self._wire])
+        self._flat.store_host()
+        return True
 
 
 def share_parameters(flat: FlatParameters, comm: Intracomm) -> None:

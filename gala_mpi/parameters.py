@@ -33,6 +33,8 @@ class FlatParameters:
         if not named:
             raise ValueError(f"the module has no parameters to train ({len(self.frozen)} are frozen)")
         device = named[0][1].device
+        if device.type == "meta":
+            raise ValueError(f"parameter {named[0][0]} is on the device meta, where there are no values")
         owners: dict[int, str] = {}
         for name, parameter in named:
             owner = owners.setdefault(parameter.data_ptr(), name)
@@ -42,8 +44,6 @@ class FlatParameters:
                 raise ValueError(
                     f"parameter {name} is {parameter.dtype} on {parameter.device}; all must be float32 on {device}"
                 )
-        if device.type == "meta":
-            raise ValueError(f"parameter {named[0][0]} is on the device meta, where there are no values")
         self.size = sum(parameter.numel() for _, parameter in named)
         self.data = torch.empty(self.size, device=device)
         # One element more than the gradient: a flag that can travel with it in one all-reduce.

@@ -1,0 +1,393 @@
+"""mpirun -n N python -m mpi4py tests/programs/library.py [--raise]
+
+What a user of gala_mpi.Gossip may rely on. Every rank runs all scenarios in turn, each an invariant under its name;
+rank 0 prints `ok NAME` when all ranks have come through. A failed assertion ends the job, by `-m mpi4py`.
+
+With --raise the last rank raises in the middle of its loop, which has to end the others too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import nn
+
+import gala_mpi
+from gala_mpi.topology import Topology, make_topology
+
+COMM = MPI.COMM_WORLD
+RANK, SIZE = COMM.rank, COMM.size
+LAST = SIZE - 1
+# Far above what any wait takes here that ends by itself; a step that ran into the timeout is seen by its duration.
+TIMEOUT_S = 30.0
+
+
+def rank_model(seed: int = 0) -> nn.Sequential:
+    """A model that differs from rank to rank."""
+    torch.manual_seed(1000 * seed + RANK)
+    return nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+
+def vector(model: nn.Module) -> np.ndarray:
+    """All parameters of the model, (n,) float64."""
+    return nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy()
+
+
+def on_all(model: nn.Module) -> np.ndarray:
+    """Parameters of all ranks, (N, n). Collective."""
+    return np.array(COMM.allgather(vector(model)))
+
+
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One update on data of this rank's own."""
+    optimizer.zero_grad(set_to_none=True)
+    model(torch.randn(8, 7)).square().mean().backward()
+    optimizer.step()
+
+
+@contextmanager
+def raises(kind: type[Exception], text: str) -> Iterator[None]:
+    """The block raises such an error, which says `text`."""
+    try:
+        yield
+    except kind as error:
+        assert text in str(error), (text, str(error))
+    else:
+        raise AssertionError(f"no {kind.__name__} that says {text}")
+
+
+def all_ranks_start_from_what_rank_0_has() -> None:
+    model = rank_model()
+    model[0].weight.requires_grad_(False)
+    model.register_parameter("fixed", nn.Parameter(torch.full((2,), float(RANK)).half(), requires_grad=False))
+    model[1].running_mean.fill_(RANK)
+    expected = COMM.bcast(vector(model))
+    with gala_mpi.Gossip(model, COMM) as gossip:
+        assert (vector(model) == expected).all()
+        assert model.fixed.dtype == torch.float16 and (model.fixed == 0).all()
+        frozen = model[0].weight.clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(5):
+            learn(model, optimizer)
+            gossip.step()
+        # What is frozen is not exchanged, so not even rounded; running statistics are each rank's own.
+        assert torch.equal(model[0].weight, frozen)
+    assert len({float(mean) for mean in COMM.allgather(model[1].running_mean[0])}) == SIZE
+
+
+def an_optimiser_may_be_made_before_or_after() -> None:
+    for before in (True, False):
+        model = rank_model()
+        objects = list(model.parameters())
+        model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.5) if before else None
+        with gala_mpi.Gossip(model, COMM, max_staleness=0) as gossip:
+            optimizer = optimizer or torch.optim.AdamW(model.parameters(), weight_decay=0.5)
+            start = vector(model)
+            for _ in range(10):
+                learn(model, optimizer)
+                gossip.step()
+            assert all(old is new for old, new in zip(objects, list(model.parameters())[1:], strict=True))
+            # No gradient was made for what has none: weight decay leaves it alone.
+            assert (model.unused == 1).all() and model.unused.grad is None
+            assert not np.array_equal(vector(model), start)
+            assert (gossip.counters.messages_mixed > 0) == (SIZE > 1)
+
+
+def nodes_of_two() -> Topology:
+    """A hierarchy of as many nodes of two ranks as there are."""
+    return make_topology("hierarchical", SIZE, [f"node{rank // 2}" for rank in range(SIZE)])
+
+
+def in_lockstep_a_mix_is_the_mixing_matrix_and_keeps_the_mean() -> None:
+    topologies: list[str | Topology] = ["ring", "bidirectional-ring", "one-peer-exponential", "complete", "star"]
+    for topology in (*topologies, nodes_of_two()):
+        for wire, relative in (("float32", 2**-22), ("bfloat16", 2**-8), ("float16", 2**-10)):
+            model = rank_model()
+            rng = np.random.default_rng(RANK)
+            with gala_mpi.Gossip(model, COMM, topology, wire=wire, max_staleness=0) as gossip:
+                for update in range(1, 6):
+                    with torch.no_grad():
+                        for parameter in model.parameters():
+                            parameter += torch.from_numpy(rng.normal(size=parameter.shape)).float()
+                    before = on_all(model)
+                    gossip.step()
+                    after = on_all(model)  # nobody posts again before everyone has mixed
+                    matrix = gossip.topology.mixing_matrix(update)
+                    error = relative * np.abs(before).max()
+                    np.testing.assert_allclose(after, matrix @ before, rtol=0, atol=error)
+                    np.testing.assert_allclose(after.mean(0), before.mean(0), rtol=0, atol=error)
+                    assert SIZE == 1 or not np.allclose(after, before, rtol=0, atol=error)
+
+
+def diverge_at(update: int, model: nn.Module, now: int) -> None:
+    if RANK == LAST and now == update:
+        model[0].weight.data[0, 0] = torch.nan
+
+
+def a_rank_that_diverges_adopts_and_poisons_nobody() -> None:
+    for topology in ("ring", "one-peer-exponential", nodes_of_two()):
+        model = rank_model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        adopted = 0
+        with gala_mpi.Gossip(model, COMM, topology, neighbour_timeout_s=TIMEOUT_S, max_staleness=2) as gossip:
+            for update in range(1, 31):
+                learn(model, optimizer)
+                diverge_at(10, model, update)
+                if SIZE == 1 and update == 10:
+                    with raises(gala_mpi.DivergedError, "no neighbour"):
+                        gossip.step()
+                    break
+                if gossip.step():
+                    optimizer.state.clear()
+                    adopted += 1
+                assert np.isfinite(vector(model)).all()
+            counters = gossip.counters
+        assert counters.divergences == (RANK == LAST) and adopted == (counters.divergences if SIZE > 1 else 0)
+        # Parameters that are not finite were not even sent; at size 1 there is nobody to send them to.
+        assert counters.messages_rejected == 0
+
+
+def a_rank_that_diverges_while_it_is_waited_for_goes_on_at_once() -> None:
+    if SIZE == 1:
+        return
+    model = rank_model()
+    with gala_mpi.Gossip(model, COMM, neighbour_timeout_s=TIMEOUT_S, max_staleness=0) as gossip:
+        longest_s = 0.0
+        post = gossip._post
+
+        def post_and_fall_asleep(*args: object, **options: object) -> None:
+            post(*args, **options)
+            time.sleep(0.2)
+
+        if RANK == LAST:
+            # As if the system took the processor away: meanwhile the others mix this message and post once more,
+            # so that this rank mixes now what they posted before the wait for its next message.
+            gossip._post = post_and_fall_asleep
+        for update in range(1, 6):
+            diverge_at(4, model, update)
+            begin = time.monotonic()
+            assert gossip.step() == (RANK == LAST and update == 4)
+            longest_s = max(longest_s, time.monotonic() - begin)
+            assert np.isfinite(vector(model)).all()
+        assert longest_s < TIMEOUT_S / 3, longest_s
+
+
+def a_rank_may_stop_when_it_diverges_and_its_last_message_is_never_mixed() -> None:
+    model = rank_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gala_mpi.Gossip(model, COMM, on_divergence="stop") as gossip:
+        for update in range(1, 11):
+            learn(model, optimizer)
+            diverge_at(10, model, update)
+            if RANK == LAST and update == 10:
+                with raises(gala_mpi.DivergedError, "after update 10"):
+                    gossip.step()
+            else:
+                gossip.step()
+        if RANK == LAST:
+            gossip.finish()  # says that no other message will come, with parameters that are not finite
+        COMM.Barrier()
+        if SIZE > 1 and RANK == (LAST + 1) % SIZE:
+            deadline = time.monotonic() + TIMEOUT_S
+            while not gossip.counters.messages_rejected and time.monotonic() < deadline:
+                gossip.step()
+            assert gossip.counters.messages_rejected == 1 and gossip.in_neighbours[0].finished
+        assert gossip.counters.divergences == (RANK == LAST)
+        assert np.isfinite(vector(model)).all() == (RANK != LAST)
+
+
+def a_rank_that_ends_early_waits_for_the_others_and_holds_none_up() -> None:
+    for topology in ("ring", "one-peer-exponential", "complete"):
+        model = rank_model()
+        gossip = gala_mpi.Gossip(model, COMM, topology, max_staleness=0, neighbour_timeout_s=TIMEOUT_S)
+        for _ in range(5 if RANK == LAST else 40):
+            begin = time.monotonic()
+            gossip.step()
+            assert time.monotonic() - begin < TIMEOUT_S / 3
+            time.sleep(0.002)
+        ended = time.time()
+        gossip.close()
+        closed = time.time()
+        # All ranks of this program share a clock.
+        assert closed >= max(COMM.allgather(ended)) - 0.001
+
+
+def what_cannot_be_used_is_refused_on_all_ranks() -> None:
+    def refused(text: str, make: Callable[[], gala_mpi.Gossip]) -> None:
+        with raises(ValueError, text):
+            make()
+
+    def only_last(bad: object, good: object) -> object:
+        return bad if RANK == LAST else good
+
+    lazy, frozen = nn.LazyLinear(3), nn.Linear(2, 2).requires_grad_(False)
+    twice = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    twice[1].weight = nn.Parameter(twice[0].weight.detach().t())
+    for text, model in (
+        ("float64", nn.Linear(2, 2).double()),
+        ("float16", nn.Linear(2, 2).half()),
+        ("bfloat16", nn.Linear(2, 2).bfloat16()),
+        ("no parameters", nn.ReLU()),
+        ("no parameters to train", frozen),
+        ("without a shape", lazy),
+        ("shared", twice),
+        ("meta", nn.Linear(2, 2, device="meta")),
+    ):
+        refused(text, lambda model=model: gala_mpi.Gossip(only_last(model, nn.Linear(2, 2)), COMM))
+    for name, value, good in (
+        ("topology", "triangle", "ring"),
+        ("topology", make_topology("ring", SIZE + 1), "ring"),
+        ("wire", "float8", "float32"),
+        ("delivery", "pigeon", "auto"),
+        ("on_divergence", "ignore", "stop"),
+        ("max_staleness", -1, 3),
+        ("neighbour_timeout_s", 0.0, 60.0),
+    ):
+        options = {name: only_last(value, good)}
+        refused(name, lambda options=options: gala_mpi.Gossip(nn.Linear(2, 2), COMM, **options))
+
+
+def what_differs_between_ranks_is_refused_on_all() -> None:
+    if SIZE == 1:
+        return
+    narrow, wide = nn.Linear(2, 3), nn.Linear(3, 2)
+    convolution = nn.Conv2d(3, 4, 2)
+    wires = "float16" if RANK else "float32"
+    for text, model, options in (
+        ("number of trained parameters", narrow if RANK else wide, {}),
+        ("layout", nn.Sequential(narrow) if RANK else narrow, {}),
+        ("layout", convolution.to(memory_format=torch.channels_last) if RANK else nn.Conv2d(3, 4, 2), {}),
+        ("topology", narrow, {"topology": "complete" if RANK else "ring"}),
+        ("edges of the topology", narrow, {"topology": nodes_of_two() if RANK else "hierarchical"}),
+        ("wire", narrow, {"wire": wires}),
+        ("max_staleness", narrow, {"max_staleness": RANK}),
+        ("neighbour_timeout_s", narrow, {"neighbour_timeout_s": 10.0 + RANK}),
+        ("delivery", narrow, {"delivery": "inline" if RANK else "background"}),
+        ("on_divergence", narrow, {"on_divergence": "adopt" if RANK else "stop"}),
+    ):
+        if text.startswith("edges") and SIZE == 2:
+            continue  # one node of two ranks is what "hierarchical" finds too
+        with raises(gala_mpi.DisagreementError, text):
+            gala_mpi.Gossip(model, COMM, **options)
+    # Nothing is left behind: the next one works.
+    with gala_mpi.Gossip(narrow, COMM) as gossip:
+        gossip.step()
+
+
+def a_model_that_is_changed_afterwards_is_found_at_the_next_step() -> None:
+    def replace(model: nn.Sequential) -> None:
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+    def assign(model: nn.Sequential) -> None:
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+    changes: list[Callable[[nn.Sequential], object]] = [
+        lambda model: model.double(),
+        lambda model: model.half(),
+        lambda model: model[2].to("meta"),
+        replace,
+        assign,
+        lambda model: model.append(nn.Linear(3, 3)),
+        lambda model: model[1].requires_grad_(True),
+        lambda model: gala_mpi.Gossip(model, COMM).close(),
+    ]
+    for change in changes:
+        model = rank_model()
+        model[1].requires_grad_(False)
+        with gala_mpi.Gossip(model, COMM) as gossip:
+            gossip.step()
+            change(model)
+            with raises(RuntimeError, "is not where it is exchanged"):
+                gossip.step()
+    model = rank_model()
+    with gala_mpi.Gossip(model, COMM) as gossip:
+        model.load_state_dict(rank_model(1).state_dict())
+        model.eval().train().float().cpu()
+        model[0].requires_grad_(False)
+        model.register_parameter("nothing", None)
+        gossip.step()
+
+
+def tied_parameters_stay_tied() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with gala_mpi.Gossip(model, COMM, "complete", max_staleness=0) as gossip:
+        with torch.no_grad():
+            model[1].weight.fill_(float(RANK))
+        gossip.step()
+        COMM.Barrier()  # a rank that closes earlier posts what it has mixed, in place of what it posted before
+        assert model[1].weight is model[0].weight
+        torch.testing.assert_close(model[0].weight.detach(), torch.full((4, 4), LAST / 2))
+
+
+def two_models_can_be_gossiped_at_once() -> None:
+    first, second = rank_model(), nn.Linear(2, 2)
+    with gala_mpi.Gossip(first, COMM) as one, gala_mpi.Gossip(second, COMM, "complete") as other:
+        for _ in range(20):
+            one.step()
+            other.step()
+
+
+def closing_is_done_once_and_ends_the_exchange() -> None:
+    with gala_mpi.Gossip(rank_model(), COMM) as gossip:
+        gossip.step()
+        gossip.close()
+        gossip.close()
+        with raises(RuntimeError, "closed"):
+            gossip.step()
+
+
+SCENARIOS: tuple[Callable[[], None], ...] = (
+    all_ranks_start_from_what_rank_0_has,
+    an_optimiser_may_be_made_before_or_after,
+    in_lockstep_a_mix_is_the_mixing_matrix_and_keeps_the_mean,
+    a_rank_that_diverges_adopts_and_poisons_nobody,
+    a_rank_that_diverges_while_it_is_waited_for_goes_on_at_once,
+    a_rank_may_stop_when_it_diverges_and_its_last_message_is_never_mixed,
+    a_rank_that_ends_early_waits_for_the_others_and_holds_none_up,
+    what_cannot_be_used_is_refused_on_all_ranks,
+    what_differs_between_ranks_is_refused_on_all,
+    a_model_that_is_changed_afterwards_is_found_at_the_next_step,
+    tied_parameters_stay_tied,
+    two_models_can_be_gossiped_at_once,
+    closing_is_done_once_and_ends_the_exchange,
+)
+
+
+def raise_in_the_loop() -> None:
+    """The last rank fails; the others would go on for ever."""
+    with gala_mpi.Gossip(rank_model(), COMM, max_staleness=0) as gossip:
+        for update in range(10**9):
+            gossip.step()
+            if RANK == LAST and update == 10:
+                raise ZeroDivisionError("the user's own mistake")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--raise", action="store_true", dest="raise_")
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    if args.raise_:
+        raise_in_the_loop()
+    for scenario in SCENARIOS:
+        if args.only in scenario.__name__:
+            begin = time.monotonic()
+            scenario()
+            COMM.Barrier()
+            if RANK == 0:
+                print(f"ok {scenario.__name__} {time.monotonic() - begin:.2f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
