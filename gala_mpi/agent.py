@@ -19,18 +19,21 @@ import torch
 from gala_mpi import __version__, _native
 from gala_mpi.board import Board, Overview
 from gala_mpi.collective import on_all_ranks
-from gala_mpi.config import ConfigError, TrainConfig
+from gala_mpi.config import ConfigError, TrainConfig, UsageError
 from gala_mpi.courier import Courier
 from gala_mpi.environments import Simulators, is_atari, make_simulators
-from gala_mpi.exchange import Exchange, make_exchange
+from gala_mpi.exchange import Exchange, make_exchange, window_bytes
+from gala_mpi.findings import FAIL
 from gala_mpi.gossip import DivergedError
 from gala_mpi.learner import Learner, Losses
 from gala_mpi.monitor import Monitor
 from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.parameters import FlatParameters
+from gala_mpi.preflight import ruinous
 from gala_mpi.recorder import Recorder, rank_file
 from gala_mpi.rollout import Collector
 from gala_mpi.waiting import Watchdog, meet
+from gala_mpi.window import library_version
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -88,6 +91,7 @@ class Agent:
         self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
         self._policy = make_policy(config, self._simulators, _generator(int(shared.generate_state(1)[0]))).to(device)
         self._flat = FlatParameters(self._policy)
+        look_ahead(comm, window_bytes(config.exchange, self._flat, comm), None)
         self._timeout_s = config.exchange.neighbour_timeout_s
         self._courier = Courier(comm, config.exchange.delivery)
         self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm, self._courier)
@@ -290,6 +294,16 @@ def make_policy(config: TrainConfig, simulators: Simulators, generator: torch.Ge
         return AtariPolicy(simulators.actions, generator)
     inputs = math.prod(simulators.observation_shape)
     return MLPPolicy(inputs, config.learner.hidden, simulators.actions, generator)
+
+
+def look_ahead(comm: Intracomm, nbytes: int, out: Path | None) -> None:
+    """Refuse what would ruin the run, and warn of what may. Collective."""
+    for finding in ruinous(comm, nbytes, out, library_version()):
+        # More ranks than cores are slow, but may be meant.
+        if finding.status == FAIL and not finding.check.startswith("cores."):
+            raise UsageError(f"{finding.message}; what helps: {finding.fix} (gala-mpi doctor tells more)")
+        if comm.rank == 0:
+            log.warning("%s; what helps: %s", finding.message, finding.fix)
 
 
 def learning_rate(config: TrainConfig, size: int) -> float:

@@ -75,7 +75,20 @@ def doctor(args: list[str]) -> int:
     return under_mpi(lambda comm: examiner.run(args, comm, watch))
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "topology": topology, "doctor": doctor}
+def bench(args: list[str]) -> int:
+    """Measure the cost of an exchange; returns the exit code. Collective over all ranks of the job."""
+    from gala_mpi import bench as benchmark
+
+    watch = benchmark.start_watch(args)
+    return under_mpi(lambda comm: benchmark.run(args, comm, watch))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "topology": topology,
+    "doctor": doctor,
+    "bench": bench,
+}
 
 
 def under_mpi(run: Callable[[MPI.Intracomm], int]) -> int:
@@ -96,7 +109,8 @@ def under_mpi(run: Callable[[MPI.Intracomm], int]) -> int:
         return run(comm)
     except UsageError as error:
         # Raised on all ranks alike: one of them speaks.
-        return refuse(error) if comm.rank == 0 else EXIT_CONFIG
+        # Ranks that the launcher could not join are all rank 0: it knows them apart.
+        return refuse(error) if comm.rank == 0 and (comm.size > 1 or _speaks_for_launcher()) else EXIT_CONFIG
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
@@ -200,13 +214,30 @@ def doctor_help(args: list[str]) -> str:
     return examiner.help_text(args)
 
 
-HELP: dict[str, Callable[[list[str]], str]] = {"train": help_text, "topology": topology_help, "doctor": doctor_help}
+def bench_help(args: list[str]) -> str:
+    """What `gala-mpi bench --help` prints."""
+    from gala_mpi import bench as benchmark
+
+    return benchmark.help_text(args)
+
+
+HELP: dict[str, Callable[[list[str]], str]] = {
+    "train": help_text,
+    "topology": topology_help,
+    "doctor": doctor_help,
+    "bench": bench_help,
+}
+
+
+def _speaks_for_launcher() -> bool:
+    """Whether this is the first process that the launcher started, or the only one; without starting MPI."""
+    ranks = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
+    return not ranks or ranks[0] == "0"
 
 
 def _print_once(text: str) -> int:
     """Print on one rank, without starting MPI: help works on a login node too."""
-    ranks = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
-    if not ranks or ranks[0] == "0":
+    if _speaks_for_launcher():
         print(text)
     return 0
 
@@ -214,22 +245,16 @@ def _print_once(text: str) -> int:
 def create_run(config: TrainConfig, comm: MPI.Intracomm) -> RunInfo:
     """Make the run's folder, with the configuration in it, and give all ranks what they share. Collective."""
     from gala_mpi.agent import RunInfo
+    from gala_mpi.window import library_version
 
     folder = on_all_ranks(comm, lambda: _make_folder(config) if comm.rank == 0 else None)
     info = None
     if folder is not None:
         now = time.time()
         started = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
-        info = RunInfo(folder, uuid.uuid4().hex, now, started, mpi_library())
+        info = RunInfo(folder, uuid.uuid4().hex, now, started, library_version())
     shared: RunInfo = comm.bcast(info)
     return shared
-
-
-def mpi_library() -> str:
-    """Name and version of the MPI library, in one line."""
-    from mpi4py import MPI
-
-    return " ".join(MPI.Get_library_version().strip("\x00 \n").splitlines()[0].split())
 
 
 def _make_folder(config: TrainConfig) -> Path:

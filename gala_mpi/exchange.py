@@ -8,10 +8,13 @@ from typing import Protocol
 import torch
 from mpi4py import MPI
 
+from gala_mpi import _native
 from gala_mpi.config import ExchangeConfig
 from gala_mpi.courier import Courier
 from gala_mpi.gossip import ExchangeCounters, Gossip, InNeighbour, share_parameters
+from gala_mpi.mailbox import lay_out
 from gala_mpi.parameters import FlatParameters
+from gala_mpi.topology import make_topology
 from gala_mpi.waiting import Watchdog
 
 
@@ -125,3 +128,11 @@ def make_exchange(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intrac
         delivery=courier,
         on_divergence=config.on_divergence,
     )
+
+
+def window_bytes(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intracomm) -> int:
+    """Shared memory that the exchange will ask for on this rank, in bytes, but for a hierarchical topology's."""
+    if config.exchange != "gossip":
+        return 0
+    sources = make_topology(config.topology, comm.size).in_neighbours(comm.rank)
+    return lay_out([flat.size * _native.WIRE_ITEMSIZE[config.wire]] * len(sources))[1]

@@ -29,6 +29,11 @@ def node_leaders(comm: MPI.Intracomm) -> list[int]:
     return comm.allgather(leader)
 
 
+def library_version() -> str:
+    """Name and version of the MPI library, in one line."""
+    return " ".join(MPI.Get_library_version().strip("\x00 \n").splitlines()[0].split())
+
+
 def may_call_from_threads() -> bool:
     """Whether the library lets two threads of a rank call it at once."""
     return MPI.Query_thread() == MPI.THREAD_MULTIPLE

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -36,10 +36,17 @@ class Mpi:
     environment: tuple[tuple[str, str], ...] = ()
     prefix: tuple[str, ...] = ()  # before the launcher
     options: tuple[str, ...] = ()  # of the launcher
+    under: tuple[str, ...] = ()  # before Python
 
     def command(self, size: int, *args: str) -> list[str]:
         """The command line that runs Python with `args` on `size` ranks."""
-        return [*self.prefix, self.mpirun, *self.options, "-n", str(size), self.python, *args]
+        return [*self.prefix, self.mpirun, *self.options, "-n", str(size), *self.under, self.python, *args]
+
+    def surviving(self) -> Mpi:
+        """The library with a launcher that lets the survivors of a killed rank go on."""
+        if self.name == "openmpi":
+            return replace(self, options=("--enable-recovery",))
+        return replace(self, options=("-disable-auto-cleanup",), under=("sh", str(ROOT / "jobs" / "outlive.sh")))
 
     def start(
         self, size: int, *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
@@ -76,12 +83,29 @@ def finish(process: subprocess.Popen[str], timeout_s: float) -> subprocess.Compl
         out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         # Open MPI's launcher keeps what starts its daemons in process groups of their own, with our pipes open.
-        for pid in (*_descendants(process.pid), process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(process)
         out, err = process.communicate()
         pytest.fail(f"no end after {timeout_s:g} s: {process.args}\n{out[-2000:]}\n{err[-4000:]}")
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a started job, launcher and all."""
+    for pid in (*_descendants(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def rank_process(launcher: int, rank: int) -> int:
+    """The process of a rank below the launcher, found by the launcher's variables in its environment."""
+    names = {f"{name}={rank}".encode() for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")}
+    for pid in _descendants(launcher):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            # A shell that starts a rank has its variables too.
+            is_shell = Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sh\0")
+            if not is_shell and names & set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
+                return pid
+    pytest.fail(f"no process of rank {rank}")
 
 
 def _descendants(pid: int) -> list[int]:

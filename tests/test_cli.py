@@ -14,7 +14,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from conftest import Mpi, finish
+from conftest import Mpi, finish, rank_process
 
 COMMAND = ("-m", "gala_mpi", "train", "--preset", "cartpole")
 
@@ -173,27 +173,3 @@ def assert_closed(folder: Path, size: int) -> None:
     for rank in range(size):
         with h5py.File(folder / f"rank-{rank:05d}.h5", "r+") as file:
             assert len(file["updates"]) > 0
-
-
-def rank_process(launcher: int, rank: int) -> int:
-    """The process of a rank below the launcher, found by the launcher's variables in its environment."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            command = (folder / "cmdline").read_bytes()
-            group = os.getsid(int(folder.name))
-        except (OSError, ProcessLookupError):
-            continue
-        names = {f"{name}={rank}".encode() for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")}
-        if b"gala_mpi" in command and names & set(environment) and group_or_parent(int(folder.name), launcher, group):
-            return int(folder.name)
-    pytest.fail(f"no process of rank {rank}")
-
-
-def group_or_parent(pid: int, launcher: int, session: int) -> bool:
-    """Whether `pid` descends from the launcher."""
-    while pid > 1:
-        if pid == launcher or session == launcher:
-            return True
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    return False

@@ -1,0 +1,37 @@
+"""gala-mpi train at a set pace: mpirun -n 3 python tests/programs/paced.py 0.02 --preset cartpole
+
+The first argument is the pause after each update, in seconds, so that runs last as long on any machine. With
+NAN_AT=RANK:UPDATE in the environment the parameters of that rank turn NaN at that update, by its learner's hand.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+
+from mpi4py import MPI
+
+from gala_mpi import agent, cli, learner
+
+pause_s, args = float(sys.argv[1]), sys.argv[2:]
+train, update = agent.Agent.train, learner.Learner.update
+rank, _, when = os.environ.get("NAN_AT", "-1:0").partition(":")
+calls = []
+
+
+def paced(self, info, stop):
+    return train(self, info, stop, on_update=lambda _: time.sleep(pause_s))
+
+
+def breaking(self, *args, **kwargs):
+    losses = update(self, *args, **kwargs)
+    calls.append(1)
+    if MPI.COMM_WORLD.rank == int(rank) and len(calls) == int(when):
+        self._flat.data[3] = math.nan
+    return losses
+
+
+agent.Agent.train, learner.Learner.update = paced, breaking
+sys.exit(cli.train(args))
