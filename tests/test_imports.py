@@ -28,10 +28,11 @@ ORDER = (
     ),
     *("exchange", "environments", "networks", "rollout", "learner", "board", "schema", "recorder", "monitor"),
     *("findings", "libraries", "placement", "storage", "preflight", "agent"),
-    *("devices", "peers", "links", "verdicts", "examination", "doctor", "cli", "__main__"),
+    *("devices", "peers", "links", "verdicts", "examination", "doctor"),
+    *("gloo", "costs", "exchange_cost", "cost_table", "bench", "cli", "__main__"),
 )
-# The doctor's examination asks the library for its version and its thread level.
-MAY_IMPORT_MPI = {"window", "exchange", "cli", "examination"}
+# The doctor's examination asks the library for its version and its thread level; the benchmark times MPI's all-reduce.
+MAY_IMPORT_MPI = {"window", "exchange", "cli", "examination", "exchange_cost"}
 
 
 def runtime_imports(module: str) -> set[str]:
