@@ -10,6 +10,10 @@ is slow, stopped or dead delays its own mailbox alone, and costs no processor ti
     courier (carry)       the slot `back`, the control word          the snapshot in flight
 
 A snapshot changes hands under one lock, held for a few assignments. One that waits is replaced by a newer one.
+There are three, each in exactly one of four places: spare, waiting, in flight, free. A post moves spare to waiting and
+the one that waited, if any, to free; with one waiting and at most one in flight, at least one is free to become the
+spare. So what is written, what waits and what the network reads are always distinct, and a post never waits for one.
+
 The order that the mailbox needs: the Put's request is complete, and flushed, before the swap that publishes it is
 started; the next Put starts once the swap's request has brought the new `back` home (MPI-4.1, section 12.5).
 """
@@ -193,9 +197,14 @@ class Courier:
             raise RuntimeError("the communication thread has failed") from self._error
 
     def drain(self, timeout_s: float, without: Sequence[int] = ()) -> bool:
-        """Wait until all that was posted has arrived, but to the ranks in `without`; False if `timeout_s` is over."""
+        """Wait until all that was posted has arrived, but to the ranks in `without`; False if `timeout_s` is over.
+
+        Raises what has ended the thread, as `check` does.
+        """
         outboxes = [outbox for outbox in self._outboxes if outbox.target not in without]
-        return wait_until(lambda: self._error is not None or not any(o.pending for o in outboxes), timeout_s)
+        arrived = wait_until(lambda: self._error is not None or not any(o.pending for o in outboxes), timeout_s)
+        self.check()
+        return arrived
 
     def free(self) -> None:
         """End the thread. Collective."""

@@ -18,8 +18,17 @@ One transition is one local step of either side, or the landing of one thing in 
 atomic. An atomic's effect at the target and its result at the origin are one transition; to adopt the result
 is another, so all that can happen between the two does. A Flush is the guard of the step after it: enabled
 once nothing of that origin is in flight. The sender posts `updates` messages and stops, the receiver polls
-for ever; the states are finite in number all the same. Not modelled: loads that a CPU reorders (what Win.Sync
-is for), and a lost network.
+for ever; the states are finite in number all the same.
+
+A sender that carries in the background (`courier.BackgroundOutbox`) has other calls and the same steps. Its Put's
+request only frees the buffer; what lets it publish is the Flush after that, which is the guard of `publish`. Its swap
+has no Flush of its own: the swap's request is complete once the old value is in the result buffer, which is the
+guard of `adopt`, for by then the sender has an atomic in flight and no word of a Put. (The old value is home only
+after the atomic took effect, as that is one transition.) So both senders have the same transitions; a test checks
+that the two guards agree in every state. Which snapshot is sent is the sender's own affair, and tested apart from
+this model (`programs/courier_properties.py`).
+
+Not modelled: loads that a CPU reorders (what Win.Sync is for), and a lost network.
 
 Nothing in the model spins: to wait for the other side is to have no step enabled, and within one post or one
 poll the program counter only moves forward. So a side that the other one never disables (`wait_free`, checked

@@ -20,9 +20,12 @@ OVER_TCP = {2: 10_000, 3: 5000, 5: 5000}
 assert min(sum(IN_SHARED_MEMORY.values()), sum(OVER_TCP.values())) >= 20_000
 
 
-def exchange(mpi: Mpi, size: int, exchanges: int, env: dict[str, str] | None = None) -> dict[str, float]:
+def exchange(
+    mpi: Mpi, size: int, exchanges: int, env: dict[str, str] | None = None, delivery: str = "inline"
+) -> dict[str, float]:
     """Totals of a run of the program, which checks every message itself."""
-    done = mpi.run(size, PROGRAM, "--exchanges", str(exchanges), timeout_s=240, env=env)
+    arguments = ("--exchanges", str(exchanges), "--delivery", delivery)
+    done = mpi.run(size, PROGRAM, *arguments, timeout_s=240, env=env)
     assert done.returncode == 0, done.stderr
     totals: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     assert totals["posted"] > totals["taken"] >= exchanges
@@ -44,6 +47,25 @@ def test_every_message_over_tcp_is_whole_in_order_and_the_newest(mpich: Mpi, siz
     assert totals["tcp_bytes"] > totals["bytes_posted"]
 
 
+# The courier sleeps while it carries, so these exchanges take longer.
+IN_BACKGROUND = {2: 2000, 3: 4000}
+
+
+@pytest.mark.parametrize("size", IN_BACKGROUND)
+def test_every_message_in_the_background_is_whole_in_order_and_the_newest(mpi: Mpi, size: int) -> None:
+    totals = exchange(mpi, size, IN_BACKGROUND[size], delivery="background")
+    # Posts did go out while the one before was still on its way, and replaced each other there.
+    assert totals["overtaking"] > 1000
+
+
+@pytest.mark.parametrize("size", IN_BACKGROUND)
+def test_every_message_in_the_background_over_tcp_is_whole_in_order_and_the_newest(mpich: Mpi, size: int) -> None:
+    totals = exchange(mpich, size, IN_BACKGROUND[size], TCP, delivery="background")
+    assert totals["overtaking"] > 1000
+    # Less than was posted, since much is replaced before it is sent.
+    assert totals["tcp_bytes"] > totals["bytes_posted"] / 10
+
+
 BROKEN = {
     # A wrong end of the mailbox, and the promises of which the program may find one broken first.
     "KeepsItsSlot": (2, "held|whole|ordered|newest"),
@@ -61,6 +83,27 @@ def test_the_stress_catches_a_broken_mailbox(mpi: Mpi, broken: str) -> None:
     done = mpi.run(size, PROGRAM, "--exchanges", "7000", "--broken", broken, timeout_s=60)
     assert done.returncode != 0
     assert re.search(rf"violated: ({promises}): ", done.stderr), done.stderr
+
+
+BROKEN_IN_BACKGROUND = {
+    "PublishesBeforeThePutIsDone": "held|whole|ordered|sender|newest",
+    "ReusesTheSnapshotInFlight": "whole|ordered|newest",
+    "SendsTheBufferItself": "whole",
+    "NeverAdopts": "held|whole|ordered|newest",
+    "SwapsTwiceAtOnce": "held|whole|ordered|newest",
+    "KeepsTheOldestWaiting": "newest",
+    "SendsTheReplacedOneLater": "ordered|newest",
+    "WaitsInPost": "wait-free",
+    "CallsItDoneInFlight": "newest",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_IN_BACKGROUND)
+def test_the_stress_catches_a_broken_background_outbox(mpi: Mpi, broken: str) -> None:
+    arguments = ("--exchanges", "7000", "--delivery", "background", "--broken", broken)
+    done = mpi.run(2, PROGRAM, *arguments, timeout_s=60)
+    assert done.returncode != 0
+    assert re.search(rf"violated: ({BROKEN_IN_BACKGROUND[broken]}): ", done.stderr), done.stderr
 
 
 def test_mailboxes_share_no_byte_and_their_words_no_cache_line(one_mpi: Mpi) -> None:

@@ -95,6 +95,20 @@ def test_a_trace_replays_from_the_initial_state_to_the_violation(mutation: str) 
     assert all(step.action in line for step, line in zip(result.trace, lines, strict=True))
 
 
+def test_the_request_of_the_swap_stands_for_the_flush_after_it() -> None:
+    """With the publishing swap complete nothing of the sender is in flight: a Flush has nothing more to wait for."""
+
+    def agree(state: State, _: tuple[Step, ...]) -> bool:
+        sender = state.sender
+        request_complete = not sender.atomics
+        flushed = not sender.words and not sender.atomics
+        return sender.pc != "adopt" or request_complete == flushed
+
+    assert explore(Protocol(updates=4, words=3), {"agree": agree}).violation is None
+    # It is the Flush between Put and publication that makes them agree, so this one must stay.
+    assert explore(Protocol(flush_before_publish=False), {"agree": agree}).violation == "agree"
+
+
 # A model in which nothing happens keeps every promise. These must happen under the right protocol.
 EVENTS: dict[str, Callable[[State], bool]] = {
     "the last word of a message lands first": lambda s: s.slots[0] == (0, 1),

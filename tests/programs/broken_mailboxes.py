@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gala_mpi.mailbox import FRESH, Inbox, Message, Outbox, Place
+from gala_mpi.courier import BackgroundOutbox, Snapshot
+from gala_mpi.mailbox import FRESH, HEADER, Inbox, Message, Outbox, Place
+from gala_mpi.waiting import wait_until
 from gala_mpi.window import Window
 
 
@@ -69,7 +71,162 @@ class ReadsInPlace(Inbox):
         return super().take()
 
 
+class Done:
+    """A request that is complete."""
+
+    def Test(self) -> bool:
+        return True
+
+
+class PutsAfterTheSwap:
+    """A window in which a Put happens only after the swap that follows it."""
+
+    def __init__(self, window: Window) -> None:
+        self._window, self.rank = window, window.rank
+
+    def start_put(self, *put: Any) -> Done:
+        self._put = put
+        return Done()
+
+    def flush(self, target: int) -> None:
+        self._window.flush(target)
+
+    def start_swap(self, *swap: Any) -> Done:
+        self._window.start_swap(*swap).Wait()
+        time.sleep(200e-6)
+        self._window.start_put(*self._put).Wait()
+        self._window.flush(self._put[1])
+        return Done()
+
+
+class PublishesBeforeThePutIsDone(BackgroundOutbox):
+    """Wrong: starts the swap although the Put is not complete."""
+
+    def __init__(self, window: Window, target: int, place: Place) -> None:
+        super().__init__(PutsAfterTheSwap(window), target, place)
+
+
+class ReusesTheSnapshotInFlight(BackgroundOutbox):
+    """Wrong: writes the next message over the one that the courier sends."""
+
+    def __init__(self, window: Window, target: int, place: Place) -> None:
+        super().__init__(window, target, place)
+        self._free = [self._spare, self._spare]
+
+    def post(self, payload: np.ndarray, **header: Any) -> None:
+        # Long enough between header and payload for the courier to come by.
+        self._spare.header["update"] = header["update"]
+        time.sleep(300e-6)
+        super().post(payload, **header)
+
+
+class SendsTheBufferItself(BackgroundOutbox):
+    """Wrong: copies the payload when it is sent, not when it is posted."""
+
+    def post(self, payload: np.ndarray, **header: Any) -> None:
+        super().post(payload, **header)
+        self._payload = payload
+
+    def _step(self) -> bool:
+        with self._lock:
+            if self._waiting is not None:
+                payload = self._payload[: (self._waiting.nbytes - HEADER.itemsize) // self._payload.itemsize]
+                self._waiting.memory[HEADER.itemsize : self._waiting.nbytes] = payload.view(np.uint8)
+        return super()._step()
+
+
+class NeverAdopts(BackgroundOutbox):
+    """Wrong: goes on writing the slot that it published."""
+
+    def _step(self) -> bool:
+        back = self._back
+        going = super()._step()
+        self._back = back
+        return going
+
+
+class SwapsTwiceAtOnce(BackgroundOutbox):
+    """Wrong: sends the next message before the swap of the last one has brought the new slot home."""
+
+    def __init__(self, window: Window, target: int, place: Place) -> None:
+        super().__init__(window, target, place)
+        self._free.append(Snapshot(place.capacity))
+
+    def _step(self) -> bool:
+        if self._swap is not None and self._waiting is not None:
+            with self._lock:
+                message, self._waiting = self._waiting, None
+            slot = self._place.slots[self._back] - HEADER.itemsize
+            self._window.start_put(message.memory[: message.nbytes], self.target, slot).Wait()
+            self._window.flush(self.target)
+            before = np.zeros(1, np.int64)
+            swap = self._window.start_swap(self._word, before, self.target, self._place.control)
+            self._swap.Wait()
+            self._swap, self._before = swap, before
+            with self._lock:
+                self._free.append(message)
+        return super()._step()
+
+
+class KeepsTheOldestWaiting(BackgroundOutbox):
+    """Wrong: throws a message away while the one before it still waits."""
+
+    def post(self, payload: np.ndarray, **header: Any) -> None:
+        if self._waiting is None:
+            super().post(payload, **header)
+
+
+class SendsTheReplacedOneLater(BackgroundOutbox):
+    """Wrong: keeps a message that was replaced, and sends it after the newer one."""
+
+    _replaced: Snapshot | None = None
+
+    def post(self, payload: np.ndarray, **header: Any) -> None:
+        with self._lock:
+            if self._waiting is not None:
+                self._replaced, self._waiting = self._waiting, None
+                self._free.append(Snapshot(self._place.capacity))
+        super().post(payload, **header)
+
+    def _step(self) -> bool:
+        going = super()._step()
+        with self._lock:
+            if self._waiting is None and self._replaced is not None:
+                self._waiting, self._replaced = self._replaced, None
+        return going
+
+
+class WaitsInPost(BackgroundOutbox):
+    """Wrong: does not return before the message has arrived."""
+
+    def post(self, payload: np.ndarray, **header: Any) -> None:
+        super().post(payload, **header)
+        wait_until(lambda: not self.pending, 10)
+
+
+class CallsItDoneInFlight(BackgroundOutbox):
+    """Wrong: calls a message arrived when it has only been fetched."""
+
+    @property
+    def pending(self) -> bool:
+        return self._waiting is not None
+
+
 BROKEN_OUTBOXES = {
     kind.__name__: kind for kind in (KeepsItsSlot, PublishesFirst, PublishesHalf, KeepsTheOldest, PostsToAnother)
+}
+BROKEN_BACKGROUND_OUTBOXES = {
+    kind.__name__: kind
+    for kind in (
+        PublishesBeforeThePutIsDone,
+        ReusesTheSnapshotInFlight,
+        SendsTheBufferItself,
+        NeverAdopts,
+        SwapsTwiceAtOnce,
+        KeepsTheOldestWaiting,
+        SendsTheReplacedOneLater,
+        WaitsInPost,
+        CallsItDoneInFlight,
+    )
 }
 BROKEN_INBOXES = {kind.__name__: kind for kind in (ReadsInPlace,)}

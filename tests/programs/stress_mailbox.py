@@ -1,4 +1,4 @@
-"""mpirun -n 3 python tests/programs/stress_mailbox.py --exchanges 7000
+"""mpirun -n 3 python tests/programs/stress_mailbox.py --exchanges 7000 --delivery background
 
 Every rank sends and receives at once, and checks every message that it takes:
 
@@ -8,6 +8,10 @@ Every rank sends and receives at once, and checks every message that it takes:
                 after a barrier it is the sender's very last
     held        what was taken stays as it is until the next take
     last        only the sender's final message says so
+    wait-free   a post does not wait for the one before it
+
+A sender announces what has arrived: with inline delivery when the post returns, with background delivery once its
+outbox has nothing pending, or the courier is drained. What a later post replaced before that may never arrive.
 
 Rank 0 prints the totals as one line of JSON. The first violation aborts the job with exit code 1.
 """
@@ -28,21 +32,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from broken_mailboxes import BROKEN_INBOXES, BROKEN_OUTBOXES
+from broken_mailboxes import BROKEN_BACKGROUND_OUTBOXES, BROKEN_INBOXES, BROKEN_OUTBOXES
 from mpi4py import MPI
 
-from gala_mpi.mailbox import CACHE_LINE_BYTES, HEADER, Inbox, Message, Outbox, lay_out
+from gala_mpi import courier as couriers
+from gala_mpi.courier import BackgroundOutbox, Courier
+from gala_mpi.mailbox import CACHE_LINE_BYTES, HEADER, Delivery, Inbox, Message, lay_out
 from gala_mpi.waiting import wait_until
 from gala_mpi.window import Window
 
-# Rank r hears r - 1 and, from 3 ranks on, r - 2. The second capacity is no whole number of pages.
-CAPACITIES = (64 * 1024, 40_008)
+CAPACITY = 64 * 1024
 WIRES = (np.dtype(np.int64), np.dtype(np.float64))
 ELEMENT_BYTES = 8
-ORDINALS = tuple(np.arange(max(CAPACITIES) // ELEMENT_BYTES).astype(wire) for wire in WIRES)
+ORDINALS = tuple(np.arange(CAPACITY // ELEMENT_BYTES).astype(wire) for wire in WIRES)
 POSTS_PER_PHASE = 250
 # Posts before a look at the inboxes, looks, and the longest pause after them in seconds.
 ROLES = {"fast sender": (5, 1, 0.0), "even": (1, 1, 50e-6), "slow sender": (1, 4, 200e-6)}
+# The courier sleeps 0.5 ms at least between its Put and its swap, so posts that waited would take longer than this.
+BURST, BURSTS, BURST_S = 20, 10, 20 * 0.5e-3
 
 
 class Violation(Exception):
@@ -52,9 +59,9 @@ class Violation(Exception):
 class Link:
     """What one sender sends to one receiver: both ends know every message in advance."""
 
-    def __init__(self, sender: int, receiver: int, capacity: int) -> None:
-        self.sender, self.receiver, self.capacity = sender, receiver, capacity
-        rng = np.random.default_rng([sender, receiver])
+    def __init__(self, sender: int, receiver: int, number: int, capacity: int) -> None:
+        self.sender, self.receiver, self.number, self.capacity = sender, receiver, number, capacity
+        rng = np.random.default_rng([sender, receiver, number])
         most = capacity // ELEMENT_BYTES
         # Empty, full, and everything between, so that a shorter message leaves a stale tail behind it.
         counts = np.exp(rng.uniform(0, np.log(most), 509)).astype(int)
@@ -66,22 +73,31 @@ class Link:
     def wire(self, update: int) -> int:
         return update // 3 % 2
 
+    def nbytes(self, update: int) -> int:
+        return self._counts[update % 509] * ELEMENT_BYTES
+
     def payload(self, update: int) -> np.ndarray:
-        """Every element encodes sender, receiver, update and its own place; exact in float64 too."""
-        base = ((update * 8 + self.sender) * 8 + self.receiver) << 13
+        """Every element encodes sender, receiver, mailbox, update and its own place; exact in float64 too."""
+        base = (((update * 8 + self.sender) * 8 + self.receiver) * 64 + self.number) << 13
         return ORDINALS[self.wire(update)][: self._counts[update % 509]] + base
 
 
 class Sender:
     """One rank's end of a link to an out-neighbour."""
 
-    def __init__(self, window: Window, link: Link, outbox: Outbox, announced: int) -> None:
-        self._window, self._link, self._announced = window, link, announced
+    def __init__(self, window: Window, link: Link, outbox: Delivery, announced: int) -> None:
+        self._window, self._link, self._word = window, link, announced
         self.outbox = outbox
-        self.update = 0
-        self.bytes_posted = 0
+        self.update = self._announced = 0
+        self.bytes_posted = self.overtaking = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether something posted has not arrived."""
+        return isinstance(self.outbox, BackgroundOutbox) and self.outbox.pending
 
     def post(self, *, last: bool = False) -> None:
+        self.overtaking += self.pending
         self.update += 1
         payload = self._link.payload(self.update)
         self.outbox.post(
@@ -95,7 +111,15 @@ class Sender:
         # A post that returned has no more business with the sender's buffer.
         payload[:] = -1
         self.bytes_posted += payload.nbytes + HEADER.itemsize
-        self._window.swap(self._link.receiver, self._announced, self.update)
+
+    def announce(self) -> bool:
+        """Tell the receiver what has arrived; whether that is all that was posted."""
+        if self.pending:
+            return False
+        if self._announced < self.update:
+            self._window.swap(self._link.receiver, self._word, self.update)
+            self._announced = self.update
+        return True
 
     def post_too_much(self) -> None:
         """What exceeds the capacity is refused; later checks show that the mailbox did not change."""
@@ -146,7 +170,7 @@ class Receiver:
         if update <= self.update:
             raise Violation(f"ordered: update {update} after {self.update}; {self._name()}")
         found = (message.time_s, message.agent_steps, message.wire, message.last, message.payload.nbytes)
-        expected = (update / 8, update * 80, self._link.wire(update), last, self._link.payload(update).nbytes)
+        expected = (update / 8, update * 80, self._link.wire(update), last, self._link.nbytes(update))
         if found != expected:
             raise Violation(f"whole: header {found}, not {expected}, at update {update}; {self._name()}")
 
@@ -169,21 +193,23 @@ class Receiver:
 class Rank:
     """One rank with all its links."""
 
-    def __init__(self, comm: MPI.Intracomm, window: Window, arguments: argparse.Namespace) -> None:
-        self._comm, self._deadline_s = comm, arguments.deadline_s
+    def __init__(self, comm: MPI.Intracomm, window: Window, courier: Courier, arguments: argparse.Namespace) -> None:
+        self._comm, self._courier, self._deadline_s = comm, courier, arguments.deadline_s
         self._rng = random.Random(f"{arguments.seed} {comm.rank}")
+        self._posts_per_phase, self._announcing = arguments.posts_per_phase, arguments.announcing
+        self._roles = [ROLES[name] for name in arguments.roles]
+        self._haste, self._background = arguments.haste, arguments.delivery == "background"
         rank, size = comm.rank, comm.size
-        places, nbytes = lay_out(CAPACITIES)
+        places, nbytes = lay_out(capacities(size, arguments))
         inbox_kind = BROKEN_INBOXES.get(arguments.broken, Inbox)
-        outbox_kind = BROKEN_OUTBOXES.get(arguments.broken, Outbox)
         self.receivers, self.senders = [], []
-        for index, distance in enumerate(distances(size)):
+        for index, (distance, number) in enumerate(links(size, arguments)):
             place, announced = places[index], nbytes + CACHE_LINE_BYTES * index
-            link = Link((rank - distance) % size, rank, place.capacity)
+            link = Link((rank - distance) % size, rank, number, place.capacity)
             self.receivers.append(Receiver(window, link, inbox_kind(window, place), announced))
             target = (rank + distance) % size
-            link = Link(rank, target, place.capacity)
-            self.senders.append(Sender(window, link, outbox_kind(window, target, place), announced))
+            link = Link(rank, target, number, place.capacity)
+            self.senders.append(Sender(window, link, courier.outbox(window, target, place), announced))
         self.barrier()
 
     def barrier(self, meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -206,18 +232,27 @@ class Rank:
         return total.tolist()
 
     def poll(self) -> None:
+        self._courier.check()
+        if self._background:
+            for sender in self.senders:
+                self._announce(sender)
         for receiver in self.receivers:
             receiver.poll()
 
+    def _announce(self, sender: Sender) -> None:
+        if self._rng.random() < self._announcing:
+            sender.announce()
+
     def phase(self, number: int) -> None:
         """Post and take at a pace that depends on rank and phase."""
-        posts, polls, pause_s = tuple(ROLES.values())[(self._comm.rank + number) % len(ROLES)]
-        left = [POSTS_PER_PHASE] * len(self.senders)
+        posts, polls, pause_s = self._roles[(self._comm.rank + number) % len(self._roles)]
+        left = [self._posts_per_phase] * len(self.senders)
         while any(left):
-            for _ in range(posts):
-                index = self._rng.randrange(len(left))
-                if left[index]:
-                    self.senders[index].post()
+            for index in self._rng.choices(range(len(left)), k=posts * len(left)):
+                sender = self.senders[index]
+                if left[index] and (self._rng.random() < self._haste or not sender.pending):
+                    sender.post()
+                    self._announce(sender)
                     left[index] -= 1
             for _ in range(polls):
                 self.poll()
@@ -228,7 +263,18 @@ class Rank:
         self.settle(meanwhile=self.poll)
 
     def settle(self, *, last: bool = False, meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Once all have posted: everyone must hold the very last message."""
+        """Once all have posted, and it has arrived: everyone must hold the very last message."""
+
+        def arrived() -> bool:
+            meanwhile()
+            return not any(sender.pending for sender in self.senders)
+
+        # At rest it is the courier's own wait that is tested.
+        waited = wait_until(arrived, self._deadline_s) if meanwhile == self.poll else True
+        if not (waited and self._courier.drain(self._deadline_s)):
+            raise TimeoutError(f"not all has arrived within {self._deadline_s} s")
+        if not all([sender.announce() for sender in self.senders]):
+            raise Violation("newest: drained, and something is still on its way")
         self.barrier(meanwhile)
         # All senders have posted equally often.
         for receiver in self.receivers:
@@ -244,6 +290,22 @@ class Rank:
                     sender.post()
                 sender.post_too_much()
             self.settle()
+        # A post that is inline waits by its nature, for its own Put.
+        if self._background:
+            self.check_bursts()
+
+    def check_bursts(self) -> None:
+        """The fastest of several bursts of posts, in which the machine has no part: none of them waited."""
+        seconds = []
+        for _ in range(BURSTS):
+            for sender in self.senders:
+                begin = time.monotonic()
+                for _ in range(BURST):
+                    sender.post()
+                seconds.append(time.monotonic() - begin)
+            self.settle()
+        if min(seconds) > BURST_S:
+            raise Violation(f"wait-free: {BURST} posts took {min(seconds):.4f} s at the least")
 
     def end(self) -> None:
         for sender in self.senders:
@@ -251,8 +313,16 @@ class Rank:
         self.settle(last=True)
 
 
-def distances(size: int) -> tuple[int, ...]:
-    return (1,) if size == 2 else (1, 2)
+def links(size: int, arguments: argparse.Namespace) -> list[tuple[int, int]]:
+    """Rank r hears r - 1, r - 2, and so on: for each mailbox of a rank that distance, and a number from 0."""
+    nearest = range(1, 1 + min(size - 1, arguments.neighbours))
+    return [(distance, number) for distance in nearest for number in range(arguments.mailboxes)]
+
+
+def capacities(size: int, arguments: argparse.Namespace) -> list[int]:
+    """Every second capacity is no whole number of pages."""
+    odd = arguments.capacity * 5 // 8 // ELEMENT_BYTES * ELEMENT_BYTES - 3 * ELEMENT_BYTES
+    return [odd if index % 2 else arguments.capacity for index in range(len(links(size, arguments)))]
 
 
 def tcp_bytes_sent() -> int:
@@ -271,11 +341,17 @@ def tcp_bytes_sent() -> int:
 
 def stress(comm: MPI.Intracomm, arguments: argparse.Namespace) -> dict[str, int | float]:
     """Run phases until as many messages were taken as asked for; gives the totals over all ranks."""
-    window_bytes = lay_out(CAPACITIES)[1] + CACHE_LINE_BYTES * len(CAPACITIES)
-    with Window(comm, window_bytes) as window:
-        rank = Rank(comm, window, arguments)
+    sizes = capacities(comm.size, arguments)
+    courier = Courier(comm, arguments.delivery)
+    if courier.way_to((comm.rank + 1) % comm.size) != arguments.delivery:
+        raise RuntimeError(f"this MPI library allows no {arguments.delivery} delivery")
+    with Window(comm, lay_out(sizes)[1] + CACHE_LINE_BYTES * len(sizes)) as window:
+        rank = Rank(comm, window, courier, arguments)
         if arguments.broken is None:
             rank.check_quietly()
+        elif arguments.broken == "WaitsInPost":
+            # Others sleep in a post, to meet the courier.
+            rank.check_bursts()
         begin = time.monotonic()
         phase, totals = 0, {"taken": 0}
         while totals["taken"] < arguments.exchanges:
@@ -283,6 +359,7 @@ def stress(comm: MPI.Intracomm, arguments: argparse.Namespace) -> dict[str, int 
             phase += 1
             values = {
                 "posted": sum(sender.update for sender in rank.senders),
+                "overtaking": sum(sender.overtaking for sender in rank.senders),
                 "taken": sum(receiver.taken for receiver in rank.receivers),
                 "bytes_posted": sum(sender.bytes_posted for sender in rank.senders),
                 "tcp_bytes": tcp_bytes_sent(),
@@ -291,6 +368,7 @@ def stress(comm: MPI.Intracomm, arguments: argparse.Namespace) -> dict[str, int 
         rank.end()
         skipped = max(comm.allgather(max(receiver.most_skipped for receiver in rank.receivers)))
         seconds = time.monotonic() - begin
+        courier.free()
         del rank
     overwritten = totals["posted"] - totals["taken"]
     return {**totals, "overwritten": overwritten, "most_skipped": skipped, "phases": phase, "seconds": seconds}
@@ -299,10 +377,23 @@ def stress(comm: MPI.Intracomm, arguments: argparse.Namespace) -> dict[str, int 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exchanges", type=int, default=7000, help="messages to take and verify, over all ranks")
+    parser.add_argument("--delivery", choices=["inline", "background"], default="inline")
+    parser.add_argument("--haste", type=float, default=0.25, help="chance of a post while the last is on its way")
+    parser.add_argument("--neighbours", type=int, default=2, help="greatest number of out-neighbours of a rank")
+    parser.add_argument("--mailboxes", type=int, default=1, choices=range(1, 65), metavar="1..64", help="for each")
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=list(ROLES), help="of a rank, in turn")
+    parser.add_argument("--announcing", type=float, default=1.0, help="chance that a post is announced")
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="greatest size of a payload in bytes")
+    parser.add_argument("--posts-per-phase", type=int, default=POSTS_PER_PHASE, help="of each sender")
+    parser.add_argument("--carrying-sleep-s", type=float, help="pause of the courier while something is on its way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deadline-s", type=float, default=200.0)
-    parser.add_argument("--broken", choices=[*BROKEN_OUTBOXES, *BROKEN_INBOXES], help="a wrong end of the mailbox")
+    kinds = [*BROKEN_OUTBOXES, *BROKEN_BACKGROUND_OUTBOXES, *BROKEN_INBOXES]
+    parser.add_argument("--broken", choices=kinds, help="a wrong end of the mailbox")
     arguments = parser.parse_args()
+    couriers.Outbox = BROKEN_OUTBOXES.get(arguments.broken, couriers.Outbox)
+    couriers.BackgroundOutbox = BROKEN_BACKGROUND_OUTBOXES.get(arguments.broken, BackgroundOutbox)
+    couriers.CARRYING_SLEEP_S = arguments.carrying_sleep_s or couriers.CARRYING_SLEEP_S
     comm = MPI.COMM_WORLD
     # Flushes have no deadline of their own.
     faulthandler.dump_traceback_later(arguments.deadline_s, exit=True)

@@ -1,0 +1,46 @@
+"""The courier without a network: its snapshots are never mixed up, and an error stays where it belongs.
+
+A program of its own checks this, since the courier imports MPI, which the pytest process never does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Mpi
+
+PROGRAM = str(Path(__file__).parent / "programs" / "courier_properties.py")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "any_order",
+        "two_threads",
+        "a_lost_rank_costs_its_own_messages_alone",
+        "an_unexpected_error_ends_the_thread_and_is_raised",
+        "drain_waits_no_longer_than_its_deadline",
+    ],
+)
+def test_the_courier_keeps_its_promises(one_mpi: Mpi, check: str) -> None:
+    done = one_mpi.run(1, PROGRAM, check, timeout_s=120)
+    assert done.returncode == 0, done.stderr
+
+
+BROKEN = {
+    # A wrong outbox, and what the check finds.
+    "ReusesTheSnapshotInFlight": "assert len",
+    "SendsTheBufferItself": "a torn message|a snapshot was changed in flight",
+    "NeverAdopts": "not the sender's",
+    "KeepsTheOldestWaiting": "called arrived before it was|assert self.taken == self.posted",
+    "CallsItDoneInFlight": "called arrived before it was",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_check_catches_a_broken_outbox(one_mpi: Mpi, broken: str) -> None:
+    done = one_mpi.run(1, PROGRAM, "any_order", "--broken", broken, timeout_s=120)
+    assert done.returncode != 0
+    assert "AssertionError" in done.stderr
+    assert any(text in done.stderr for text in BROKEN[broken].split("|")), done.stderr
