@@ -58,16 +58,16 @@ class Transport:
 
 # A single inline exchange over TCP waits for the target three times, hence the small shares there.
 TRANSPORTS = (
-    Transport("mpich", "shared memory", "inline", 0.33),
-    Transport("openmpi", "shared memory", "inline", 0.33),
+    Transport("mpich", "shared memory", "inline", 0.333),
+    Transport("openmpi", "shared memory", "inline", 0.333),
     Transport("mpich", "shared memory", "background", 0.13),
     Transport("openmpi", "shared memory", "background", 0.13),
     Transport("mpich", "TCP on one host", "background", 0.03),
     Transport("mpich", "virtual cluster", "background", 0.02),
     Transport("openmpi", "virtual cluster", "background", 0.02),
-    Transport("mpich", "TCP on one host", "inline", 0.004),
-    Transport("mpich", "virtual cluster", "inline", 0.003),
-    Transport("openmpi", "virtual cluster", "inline", 0.003),
+    Transport("mpich", "TCP on one host", "inline", 0.001),
+    Transport("mpich", "virtual cluster", "inline", 0.0015),
+    Transport("openmpi", "virtual cluster", "inline", 0.0015),
 )
 
 

@@ -15,9 +15,11 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -51,6 +53,13 @@ def processes_of(mark: str) -> list[int]:
     return found
 
 
+def end(pids: list[int]) -> None:
+    """Kill processes."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def owned_by(pids: set[int]) -> set[str]:
     """Files in /dev/shm that processes of others hold."""
     names = set()
@@ -71,6 +80,9 @@ def run_once(mpi: Mpi, steps: int, seed: int, deadline_s: float) -> dict[str, An
         args = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--total-steps", str(steps), "--seed", str(seed))
         begin = time.monotonic()
         process = mpi.start(RANKS, *args, "--out", f"{scratch}/run", env=dict([mark.split("=")]))
+        # A process that has left the launcher's tree would hold the pipes open for ever.
+        last_resort = threading.Timer(deadline_s + 20, lambda: end(processes_of(mark)))
+        last_resort.start()
         try:
             done = finish(process, deadline_s)
         except pytest.fail.Exception as hang:
@@ -85,6 +97,7 @@ def run_once(mpi: Mpi, steps: int, seed: int, deadline_s: float) -> dict[str, An
                 result["tail"] = (done.stdout + done.stderr)[-2000:]
             elif "finished" not in done.stdout:
                 result["tail"] = "no word of the end: " + done.stdout[-500:]
+        last_resort.cancel()
         result["seconds"] = round(time.monotonic() - begin, 2)
         deadline = time.monotonic() + GRACE_S
         while (left := processes_of(mark)) and time.monotonic() < deadline:
