@@ -24,10 +24,9 @@ import numpy as np
 
 from gala_mpi.courier import Courier
 from gala_mpi.environments import Episode
-from gala_mpi.mailbox import Inbox, lay_out
+from gala_mpi.mailboxes import Mailboxes
 from gala_mpi.topology import make_topology
 from gala_mpi.waiting import wait_until
-from gala_mpi.window import Window
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -73,17 +72,10 @@ class Board:
         self._rows, self._recent = self._copy["rows"][0], self._copy["recent"][0]
         self._mine = self._rows[comm.rank : comm.rank + 1]
         graph = make_topology("exponential", comm.size)
-        places = [lay_out([self._copy.nbytes] * len(sources)) for sources in graph.in_edges]
-        self._window = Window(comm, max(places[comm.rank][1], 1))
-        self._inboxes = [Inbox(self._window, place) for place in places[comm.rank][0]]
-        self._outboxes = [
-            courier.outbox(self._window, target, places[target][0][graph.in_neighbours(target).index(comm.rank)])
-            for target in graph.out_neighbours(comm.rank)
-        ]
+        self._mailboxes = Mailboxes(comm, courier, graph.in_edges, self._copy.nbytes)
         self._heard_at_s = np.full(comm.size, math.inf)
         self._lost = np.zeros(comm.size, bool)
         self._told_at_s = 0.0
-        comm.Barrier()
 
     @property
     def total_steps(self) -> int:
@@ -133,7 +125,7 @@ class Board:
         """Send on what is known, at once."""
         self._told_at_s = time.monotonic()
         self._mine["beat"] += 1
-        for outbox in self._outboxes:
+        for outbox in self._mailboxes.outboxes.values():
             outbox.post(self._copy, update=int(self._mine["beat"][0]), time_s=time.time(), agent_steps=0)
 
     def overview(self) -> Overview:
@@ -168,7 +160,7 @@ class Board:
 
     def _read(self) -> None:
         now = time.monotonic()
-        for inbox in self._inboxes:
+        for inbox in self._mailboxes.inboxes.values():
             if message := inbox.take():
                 self._merge(message.payload.view(self._copy.dtype)[0], now)
         self._heard_at_s[self._rank] = now
@@ -204,5 +196,5 @@ class Board:
         self._lost = lost
 
     def free(self) -> None:
-        """Free the window. Collective, after `finish`."""
-        self._window.free()
+        """Free the windows. Collective, after `finish`."""
+        self._mailboxes.free()

@@ -14,8 +14,12 @@ There are three, each in exactly one of four places: spare, waiting, in flight, 
 the one that waited, if any, to free; with one waiting and at most one in flight, at least one is free to become the
 spare. So what is written, what waits and what the network reads are always distinct, and a post never waits for one.
 
-The order that the mailbox needs: the Put's request is complete, and flushed, before the swap that publishes it is
-started; the next Put starts once the swap's request has brought the new `back` home (MPI-4.1, section 12.5).
+The order that the mailbox needs: the Put has arrived before the swap that publishes it is started; the next Put starts
+once the swap's request has brought the new `back` home (MPI-4.1, section 12.5). MPI's word for the first is a flush,
+which would have to wait: on MPICH over libfabric for all that the process has under way, towards a dead rank too, and
+with the library locked meanwhile. So each Put is followed by a ping, a small read from the same target, and is taken to
+have arrived when its own request and the ping's are complete. That holds wherever one origin's operations reach a
+target in order, as over TCP; where they do not, the message's seal shows it to the receiver (see `mailbox`).
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gala_mpi.mailbox import FRESH, HEADER, Delivery, Outbox, Place
+from gala_mpi.mailbox import FRESH, HEADER, Delivery, Outbox, Place, seal
 from gala_mpi.waiting import wait_until
 from gala_mpi.window import MpiError, Window, may_call_from_threads, node_leaders
 
@@ -59,15 +63,16 @@ class BackgroundOutbox:
 
     def __init__(self, window: Window, target: int, place: Place) -> None:
         self._window, self.target, self._place = window, target, place
-        self._back = 0
+        self._back = self._number = 0
         self._lock = threading.Lock()
         self._spare = Snapshot(place.capacity)
         self._free = [Snapshot(place.capacity), Snapshot(place.capacity)]
         self._waiting: Snapshot | None = None
         self._in_flight: Snapshot | None = None
         self._put: Request | None = None
+        self._ping: Request | None = None
         self._swap: Request | None = None
-        self._word, self._before = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._word, self._before, self._answer = (np.zeros(1, np.int64) for _ in range(3))
         self._failed = False
 
     def post(
@@ -83,10 +88,12 @@ class BackgroundOutbox:
         """Leave a copy of `payload` for the courier, in place of one that it has not fetched yet."""
         if payload.nbytes > self._place.capacity:
             raise ValueError(f"payload of {payload.nbytes} bytes exceeds the capacity of {self._place.capacity}")
+        self._number += 1
         spare = self._spare
-        spare.header[0] = (update, time_s, agent_steps, self._window.rank, wire, payload.nbytes, last, b"")
+        spare.header[0] = (update, time_s, agent_steps, self._window.rank, wire, payload.nbytes, last, self._number, 0)
         spare.nbytes = HEADER.itemsize + payload.nbytes
         spare.memory[HEADER.itemsize : spare.nbytes] = payload.reshape(-1).view(np.uint8)
+        seal(spare.header, spare.memory[HEADER.itemsize : spare.nbytes])
         with self._lock:
             if self._waiting is not None:
                 self._free.append(self._waiting)
@@ -123,11 +130,9 @@ class BackgroundOutbox:
                 self._free.append(self._in_flight)
                 self._in_flight = None
         if self._put is not None:
-            if not self._put.Test():
+            if not (self._put.Test() and self._ping is not None and self._ping.Test()):
                 return True
-            # Where a request stands for the whole way, as measured on MPICH and Open MPI, this returns at once.
-            self._window.flush(self.target)
-            self._put = None
+            self._put = self._ping = None
             self._word[0] = self._back | FRESH
             self._swap = self._window.start_swap(self._word, self._before, self.target, self._place.control)
             return True
@@ -138,6 +143,7 @@ class BackgroundOutbox:
             self._in_flight = message
         slot = self._place.slots[self._back] - HEADER.itemsize
         self._put = self._window.start_put(message.memory[: message.nbytes], self.target, slot)
+        self._ping = self._window.start_ping(self._answer, self.target, self._place.control)
         return True
 
 
@@ -177,11 +183,15 @@ class Courier:
         """For each rank the name of its node: equal names mean shared memory."""
         return [str(leader) for leader in self._leaders]
 
-    def way_to(self, target: int) -> str:
-        """inline or background."""
+    def way(self, source: int, target: int) -> str:
+        """How messages from one rank go to another: inline or background."""
         if self._delivery != "auto":
             return self._delivery
-        return "inline" if self._leaders[target] == self._leaders[self._rank] else "background"
+        return "inline" if self._leaders[source] == self._leaders[target] else "background"
+
+    def way_to(self, target: int) -> str:
+        """How messages from this rank go to another: inline or background."""
+        return self.way(self._rank, target)
 
     def outbox(self, window: Window, target: int, place: Place) -> Delivery:
         """The sending end of a mailbox at `target`, of the kind that the way there needs."""

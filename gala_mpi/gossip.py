@@ -33,11 +33,11 @@ from torch import nn
 from gala_mpi import _native
 from gala_mpi.collective import alike_on_all_ranks
 from gala_mpi.courier import Courier
-from gala_mpi.mailbox import Inbox, Message, lay_out
+from gala_mpi.mailbox import Inbox, Message
+from gala_mpi.mailboxes import Mailboxes
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.topology import HIERARCHICAL, Topology, make_topology
 from gala_mpi.waiting import meet, wait_until
-from gala_mpi.window import Window
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -158,21 +158,13 @@ class Gossip:
         self.topology = graph
         nbytes = self._flat.size * _native.WIRE_ITEMSIZE[wire]
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
-        places = [lay_out([nbytes] * len(sources)) for sources in graph.in_edges]
-        own_places, total_bytes = places[comm.rank]
-        self._window = Window(comm, total_bytes)
+        self._mailboxes = Mailboxes(comm, courier, graph.in_edges, nbytes)
         _, weights = graph.weights(comm.rank)
         self.in_neighbours = [
-            InNeighbour(rank, weight, Inbox(self._window, place))
-            for rank, weight, place in zip(graph.in_neighbours(comm.rank), weights, own_places, strict=True)
+            InNeighbour(rank, weight, inbox)
+            for (rank, inbox), weight in zip(self._mailboxes.inboxes.items(), weights, strict=True)
         ]
-        self._deliveries = {
-            target: courier.outbox(
-                self._window, target, places[target][0][graph.in_neighbours(target).index(comm.rank)]
-            )
-            for target in graph.out_neighbours(comm.rank)
-        }
-        comm.Barrier()
+        self._deliveries = self._mailboxes.outboxes
 
     @property
     def ways(self) -> dict[int, str]:
@@ -223,13 +215,13 @@ class Gossip:
         self._post(self._flat.host(), self._deliveries, last=True)
 
     def free(self) -> None:
-        """Free the window, and the courier if it is this object's own. Collective."""
+        """Free the windows, and the courier if it is this object's own. Collective."""
         self._closed = True
         for neighbour in self.in_neighbours:
             neighbour.held = None  # a view of the window's memory
         if self._own_courier is not None:
             self._own_courier.free()
-        self._window.free()
+        self._mailboxes.free()
 
     def close(self, timeout_s: float = 600.0) -> None:
         """End the exchange: finish, wait for the other ranks, free. Collective; a second call does nothing.

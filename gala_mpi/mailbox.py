@@ -13,6 +13,11 @@ permutation of 0, 1, 2, so no slot is ever written and read at once, and neither
 
 The sender's Flush orders its Put before the swap that publishes it; the receiver's swap, flushed, and
 Win_sync order that publication before its loads, and its loads before the swap that gives the slot away.
+
+In a `polled` window there is no Flush, since it may wait for other targets (see `courier`), and messages are sealed:
+the header holds their number and a checksum over the whole. Should a part of a Put land after the publication, or
+even after the slot has changed hands, the checksum does not fit, or the number is not above that of the last message
+taken, and nothing is given out. Once both fit, all is there, and what lands late changes no byte.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from gala_mpi import _native
 from gala_mpi.window import PAGE_BYTES, Bytes, Window
 
 SLOTS = 3
@@ -39,7 +45,8 @@ HEADER = np.dtype(
         ("wire", "<i4"),
         ("nbytes", "<i8"),
         ("last", "<i8"),
-        ("unused", "V16"),
+        ("number", "<i8"),
+        ("checksum", "<u8"),
     ]
 )
 assert HEADER.itemsize == CACHE_LINE_BYTES
@@ -83,6 +90,19 @@ class Message:
     payload: Bytes
 
 
+def seal(header: npt.NDArray[np.void], payload: Bytes) -> None:
+    """Set the checksum of a header (1,): that of header and payload, the checksum itself counting as 0."""
+    header["checksum"] = 0
+    header["checksum"] = (_native.checksum(header.view(np.uint8)) + _native.checksum(payload)) % 2**64
+
+
+def is_whole(memory: Bytes) -> bool:
+    """Whether the checksum in a header fits it and the payload behind it."""
+    found = int(memory[: HEADER.itemsize].view(HEADER)["checksum"][0])
+    # As the field counted as 0 when it was made, its own two words are taken off.
+    return (_native.checksum(memory) - (found & 0xFFFFFFFF) - (found >> 32)) % 2**64 == found
+
+
 class Delivery(Protocol):
     """A way for messages to one receiver. An Outbox is the inline way: done when `post` returns."""
 
@@ -106,7 +126,7 @@ class Outbox:
 
     def __init__(self, window: Window, target: int, place: Place) -> None:
         self._window, self.target, self._place = window, target, place
-        self._back = 0
+        self._back = self._number = 0
         self._header = np.zeros(1, HEADER)
 
     def post(
@@ -125,7 +145,10 @@ class Outbox:
         """
         if payload.nbytes > self._place.capacity:
             raise ValueError(f"payload of {payload.nbytes} bytes exceeds the capacity of {self._place.capacity}")
-        self._header[0] = (update, time_s, agent_steps, self._window.rank, wire, payload.nbytes, last, b"")
+        self._number += 1
+        self._header[0] = (update, time_s, agent_steps, self._window.rank, wire, payload.nbytes, last, self._number, 0)
+        if self._window.polled:
+            seal(self._header, payload.reshape(-1).view(np.uint8))
         slot = self._place.slots[self._back]
         self._window.put(self._header, self.target, slot - HEADER.itemsize)
         self._window.put(payload, self.target, slot)
@@ -141,23 +164,37 @@ class Inbox:
 
     def __init__(self, window: Window, place: Place) -> None:
         self._window, self._place = window, place
-        self._front = 2
+        self._front, self._number = 2, 0
+        self._landing = False
         window.swap(window.rank, place.control, 1)
 
     def fresh(self) -> bool:
         """Whether a message waits that was not taken yet."""
+        return self._landing or self._published()
+
+    def _published(self) -> bool:
         return bool(self._window.load(self._window.rank, self._place.control) & FRESH)
 
     def take(self) -> Message | None:
-        """The newest message, or None if none came since the last `take`."""
-        if not self.fresh():
+        """The newest message, or None if none came since the last `take`, or not all of it yet."""
+        if self._published():
+            # The loads from the old front slot must be over before the sender may own it.
+            self._window.sync()
+            self._front = self._window.swap(self._window.rank, self._place.control, self._front) & 3
+            self._landing = True
+        if not self._landing:
             return None
-        # The loads from the old front slot must be over before the sender may own it.
-        self._window.sync()
-        self._front = self._window.swap(self._window.rank, self._place.control, self._front) & 3
         self._window.sync()
         slot = self._place.slots[self._front]
         header = self._window.memory(slot - HEADER.itemsize, HEADER.itemsize).view(HEADER)[0]
+        nbytes = int(header["nbytes"])
+        if self._window.polled and not (
+            int(header["number"]) > self._number
+            and 0 <= nbytes <= self._place.capacity
+            and is_whole(self._window.memory(slot - HEADER.itemsize, HEADER.itemsize + nbytes))
+        ):
+            return None
+        self._landing, self._number = False, int(header["number"])
         return Message(
             sender=int(header["sender"]),
             update=int(header["update"]),
@@ -165,5 +202,5 @@ class Inbox:
             agent_steps=int(header["agent_steps"]),
             wire=int(header["wire"]),
             last=bool(header["last"]),
-            payload=self._window.memory(slot, int(header["nbytes"])),
+            payload=self._window.memory(slot, nbytes),
         )

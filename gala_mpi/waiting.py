@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
@@ -68,5 +69,6 @@ class Watchdog:
     def _watch(self) -> None:
         while time.monotonic() < self._deadline_s:
             time.sleep(WATCH_EVERY_S)
-        print(f"{self._name} error: {self._complaint}", file=sys.stderr, flush=True)
+        print(f"{self._name} error: {self._complaint}; every thread was here:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
         os._exit(1)

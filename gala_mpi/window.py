@@ -43,10 +43,12 @@ class Window:
     """`nbytes` of page-aligned memory on this rank (ranks may differ), zeroed, open to every rank of `comm`.
 
     Making and freeing it are collective; all else is local. Offsets and sizes are in bytes, from the first
-    page of the target's memory.
+    page of the target's memory. A `polled` window is one that a second thread works on: every operation there waits
+    for its own request alone. A flush may wait for all that the process has started, towards dead ranks too, and with
+    the library locked (MPICH over libfabric).
     """
 
-    def __init__(self, comm: MPI.Intracomm, nbytes: int) -> None:
+    def __init__(self, comm: MPI.Intracomm, nbytes: int, *, polled: bool = False) -> None:
         info = MPI.Info.Create()
         info.Set("same_disp_unit", "true")
         info.Set("mpi_minimum_memory_alignment", str(PAGE_BYTES))
@@ -70,6 +72,7 @@ class Window:
         self._word = np.zeros(1, np.int64)
         self._result = np.zeros(1, np.int64)
         self.rank = comm.rank
+        self.polled = polled
         self._memory[:] = 0
         self._win.Lock_all(MPI.MODE_NOCHECK)
         # Win_sync orders the stores above before other ranks' accesses; legal only inside the epoch.
@@ -83,13 +86,20 @@ class Window:
         return self._memory[offset : offset + nbytes]
 
     def put(self, data: npt.NDArray[Any], target: int, offset: int) -> None:
-        """Start to write `data` (contiguous) into the target's memory; done after `flush`."""
+        """Start to write `data` (contiguous) into the target's memory; done after `flush`.
+
+        In a polled window the data may change afterwards, and that is all that is known.
+        """
+        if self.polled:
+            self.start_put(data, target, offset).Wait()
+            return
         place = [self._shifts[target] + offset, data.nbytes, MPI.BYTE]
         self._win.Put([data, data.nbytes, MPI.BYTE], target, place)
 
     def flush(self, target: int) -> None:
-        """Return when all that this rank started towards `target` is done there."""
-        self._win.Flush(target)
+        """Return when all that this rank started towards `target` is done there; at once in a polled window."""
+        if not self.polled:
+            self._win.Flush(target)
 
     def swap(self, target: int, offset: int, value: int) -> int:
         """Atomically write a control word, and return what was there before."""
@@ -101,10 +111,13 @@ class Window:
         return self._fetch_and_op(target, offset, MPI.NO_OP)
 
     def _fetch_and_op(self, target: int, offset: int, op: MPI.Op) -> int:
-        self._win.Fetch_and_op(
-            [self._word, 1, MPI.INT64_T], [self._result, 1, MPI.INT64_T], target, self._shifts[target] + offset, op
-        )
-        self._win.Flush(target)
+        word, result = [self._word, 1, MPI.INT64_T], [self._result, 1, MPI.INT64_T]
+        place = self._shifts[target] + offset
+        if self.polled:
+            self._win.Rget_accumulate(word, result, target, [place, 1, MPI.INT64_T], op).Wait()
+        else:
+            self._win.Fetch_and_op(word, result, target, place, op)
+            self._win.Flush(target)
         return int(self._result[0])
 
     def start_put(self, data: npt.NDArray[Any], target: int, offset: int) -> MPI.Request:
@@ -114,6 +127,13 @@ class Window:
         """
         place = [self._shifts[target] + offset, data.nbytes, MPI.BYTE]
         return self._win.Rput([data, data.nbytes, MPI.BYTE], target, place)
+
+    def start_ping(self, answer: npt.NDArray[np.int64], target: int, offset: int) -> MPI.Request:
+        """Start to read a word of the target's memory into `answer` (1,); complete once the target has answered.
+
+        What it reads is not to be used: a read is not atomic against `swap`.
+        """
+        return self._win.Rget([answer, 8, MPI.BYTE], target, [self._shifts[target] + offset, 8, MPI.BYTE])
 
     def start_swap(
         self, value: npt.NDArray[np.int64], before: npt.NDArray[np.int64], target: int, offset: int

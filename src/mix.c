@@ -335,6 +335,21 @@ MULTIVERSION void average(size_t count, float *restrict state, const unsigned ch
     add(count, state, 0.5f, message, 0.5f);
 }
 
+MULTIVERSION uint64_t checksum(size_t nbytes, const unsigned char *restrict memory)
+{
+    size_t words = nbytes / 4;
+    uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < words; i++) {
+        uint32_t word;
+        memcpy(&word, memory + 4 * i, sizeof word);
+        sum += word;
+    }
+    for (size_t i = 4 * words; i < nbytes; i++)
+        sum += memory[i];
+    return sum;
+}
+
 static inline uint64_t finalise(uint64_t z)
 {
     z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);

@@ -30,6 +30,9 @@ void mix(enum wire wire, size_t count, float *restrict state, float self_weight,
  * for each value. */
 void average(size_t count, float *restrict state, const unsigned char *restrict message);
 
+/* Sum, modulo 2^64, of the 32-bit words in the machine's byte order, and of the bytes behind the last whole one. */
+uint64_t checksum(size_t nbytes, const unsigned char *restrict memory);
+
 /* sketch[h(i)] <- sum of s(i) * state[i]; returns the squared norm of state. `buckets` is a power of two.
  *
  * With z = splitmix64's finaliser of seed + (i + 1) * 0x9E3779B97F4A7C15: h(i) = z mod buckets, and s(i) is -1

@@ -418,11 +418,32 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(checksum_doc,
+"checksum(buffer)\n--\n\n"
+"Sum, modulo 2**64, of a buffer's 32-bit words in the machine's byte order, and of the bytes behind the last one.\n\n"
+"buffer: contiguous bytes at any address. Tells a message that arrived in part from a whole one, not more. Raises\n"
+"TypeError or ValueError. Local.");
+
+static PyObject *py_checksum(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    Py_buffer buffer;
+    uint64_t sum;
+
+    if (take(object, "buffer", "B", 0, &buffer) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    sum = checksum((size_t)buffer.len, buffer.buf);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&buffer);
+    return PyLong_FromUnsignedLongLong(sum);
+}
+
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"mix", (PyCFunction)(void (*)(void))py_mix, METH_VARARGS | METH_KEYWORDS, mix_doc},
     {"all_finite", (PyCFunction)(void (*)(void))py_all_finite, METH_VARARGS | METH_KEYWORDS, all_finite_doc},
     {"average", (PyCFunction)(void (*)(void))py_average, METH_VARARGS | METH_KEYWORDS, average_doc},
+    {"checksum", py_checksum, METH_O, checksum_doc},
     {"sketch", (PyCFunction)(void (*)(void))py_sketch, METH_VARARGS | METH_KEYWORDS, sketch_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -101,3 +101,11 @@ def sketch(state: Floats, buckets: int, seed: int) -> Floats:
     sums = np.zeros(buckets)
     np.add.at(sums, where, signs * state.astype(float))
     return sums.astype(np.float32)
+
+
+def checksum(memory: np.ndarray) -> int:
+    """Sum modulo 2**64 of the whole 32-bit words, and of the bytes behind them."""
+    words = len(memory) // 4
+    return (
+        int(memory[: 4 * words].copy().view(np.uint32).sum(dtype=np.uint64)) + int(memory[4 * words :].sum())
+    ) % 2**64

@@ -24,6 +24,7 @@ ORDER = (
         "window",
         "mailbox",
         "courier",
+        "mailboxes",
         "gossip",
     ),
     *("exchange", "environments", "networks", "rollout", "learner", "board", "schema", "recorder", "monitor"),

@@ -106,6 +106,13 @@ def test_the_stress_catches_a_broken_background_outbox(mpi: Mpi, broken: str) ->
     assert re.search(rf"violated: ({BROKEN_IN_BACKGROUND[broken]}): ", done.stderr), done.stderr
 
 
+def test_a_seal_holds_back_what_has_not_arrived(mpi: Mpi) -> None:
+    """A Put that lands only after it was published breaks nothing where messages are sealed: they come late."""
+    arguments = ("--exchanges", "2000", "--delivery", "background", "--broken", "PublishesBeforeThePutIsDone")
+    done = mpi.run(2, PROGRAM, *arguments, "--sealed", timeout_s=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_mailboxes_share_no_byte_and_their_words_no_cache_line(one_mpi: Mpi) -> None:
     # A program of its own, since the mailbox imports MPI, which the pytest process never does.
     done = one_mpi.run(1, str(PROGRAMS / "lay_out_properties.py"), timeout_s=60)

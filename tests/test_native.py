@@ -367,3 +367,27 @@ def test_a_refusal_holds_no_buffer() -> None:
     assert _native.all_finite(message)
     state.append(1)
     message.append(1)
+
+
+@settings(deadline=None)
+@given(seeds, sizes, skews)
+def test_checksum_agrees_with_its_twin(seed: int, size: int, skew: int) -> None:
+    memory = skewed(np.random.default_rng(seed).integers(0, 256, size, np.uint8), skew)
+    assert _native.checksum(memory) == reference.checksum(memory)
+
+
+def test_checksum_tells_what_arrived_in_part() -> None:
+    """A page of the message before, in place of one of the new, shows wherever it lies."""
+    rng = np.random.default_rng(1)
+    before, whole = (rng.normal(size=50_000).astype(np.float32).view(np.uint8) for _ in range(2))
+    for begin in range(0, len(whole), 4096):
+        torn = whole.copy()
+        torn[begin : begin + 4096] = before[begin : begin + 4096]
+        assert _native.checksum(torn) != _native.checksum(whole)
+
+
+def test_checksum_refuses_what_is_not_bytes() -> None:
+    with pytest.raises(TypeError):
+        _native.checksum(np.zeros(4, np.float32))
+    with pytest.raises(ValueError, match="contiguous"):
+        _native.checksum(np.zeros(8, np.uint8)[::2])

@@ -82,10 +82,13 @@ class PutsAfterTheSwap:
     """A window in which a Put happens only after the swap that follows it."""
 
     def __init__(self, window: Window) -> None:
-        self._window, self.rank = window, window.rank
+        self._window, self.rank, self.polled = window, window.rank, window.polled
 
     def start_put(self, *put: Any) -> Done:
         self._put = put
+        return Done()
+
+    def start_ping(self, *_: Any) -> Done:
         return Done()
 
     def flush(self, target: int) -> None:

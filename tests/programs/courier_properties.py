@@ -46,7 +46,7 @@ class Request:
 
 class Window:
     """A mailbox at its receiver, as late as MPI allows: a Put reads its buffer when its request completes and lands
-    when it is flushed, a swap happens when its request completes."""
+    when the ping after it is answered, a swap happens when its request completes."""
 
     rank = 0
 
@@ -81,17 +81,21 @@ class Window:
 
         return Request(self, complete)
 
-    def flush(self, target: int) -> None:
+    def start_ping(self, answer: np.ndarray, target: int, offset: int) -> Request:
         self.called()
-        assert self._put != "in flight", "a Flush that waits"
-        if self._put == "complete":
+        assert self._put is not None, "a ping that is not asked after the Put"
+
+        def complete() -> None:
+            assert self._put == "complete", "a ping that is looked at before the Put is complete"
             offset, data = self._landing
             self._memory[offset : offset + len(data)] = data
             self._put = None
 
+        return Request(self, complete)
+
     def start_swap(self, value: np.ndarray, before: np.ndarray, target: int, offset: int) -> Request:
         self.called()
-        assert self._put is None, "a publication before the Put was flushed"
+        assert self._put is None, "a publication before the Put has arrived"
         assert not self._swapping, "two swaps at once"
         assert offset == PLACE.control
         self._swapping = True
