@@ -20,6 +20,11 @@ which would have to wait: on MPICH over libfabric for all that the process has u
 with the library locked meanwhile. So each Put is followed by a ping, a small read from the same target, and is taken to
 have arrived when its own request and the ping's are complete. That holds wherever one origin's operations reach a
 target in order, as over TCP; where they do not, the message's seal shows it to the receiver (see `mailbox`).
+
+A target may die at any time, and on MPICH over libfabric the call that then starts an operation may never return: it
+tries to connect again and again, with the library locked. An operation already under way is merely never complete. So
+one always is: whenever the target has answered, the next operation is started at once, if there is nothing to send a
+ping. Only a death in those microseconds is met by a call.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ if TYPE_CHECKING:
 
 # While something is on its way out, and while there may only be something coming in.
 CARRYING_SLEEP_S = 0.0005
-IDLE_SLEEP_S = 0.001
+IDLE_SLEEP_S = 0.002
+SETTLE_S = 10.0
 log = logging.getLogger(__name__)
 
 
@@ -69,9 +75,8 @@ class BackgroundOutbox:
         self._free = [Snapshot(place.capacity), Snapshot(place.capacity)]
         self._waiting: Snapshot | None = None
         self._in_flight: Snapshot | None = None
-        self._put: Request | None = None
-        self._ping: Request | None = None
-        self._swap: Request | None = None
+        self._stage = "ping"
+        self._under_way: list[Request] = []
         self._word, self._before, self._answer = (np.zeros(1, np.int64) for _ in range(3))
         self._failed = False
 
@@ -120,31 +125,37 @@ class BackgroundOutbox:
             return False
 
     def _step(self) -> bool:
-        if self._swap is not None:
-            if not self._swap.Test():
-                return True
+        while self._under_way:
+            if not self._under_way[0].Test():
+                return self._in_flight is not None
+            del self._under_way[0]
+        if self._stage == "swap":
             self._back = int(self._before[0]) & 3
-            self._swap = None
             with self._lock:
                 assert self._in_flight is not None
                 self._free.append(self._in_flight)
                 self._in_flight = None
-        if self._put is not None:
-            if not (self._put.Test() and self._ping is not None and self._ping.Test()):
-                return True
-            self._put = self._ping = None
+        # The answer is there this moment, so the next operation is started now, if only a ping: see above.
+        if self._stage == "put":
+            self._stage = "swap"
             self._word[0] = self._back | FRESH
-            self._swap = self._window.start_swap(self._word, self._before, self.target, self._place.control)
+            swap = self._window.start_swap(self._word, self._before, self.target, self._place.control)
+            self._under_way = [swap]
             return True
         with self._lock:
-            if self._waiting is None:
-                return False
-            message, self._waiting = self._waiting, None
-            self._in_flight = message
-        slot = self._place.slots[self._back] - HEADER.itemsize
-        self._put = self._window.start_put(message.memory[: message.nbytes], self.target, slot)
-        self._ping = self._window.start_ping(self._answer, self.target, self._place.control)
-        return True
+            self._in_flight, self._waiting = self._waiting, None
+        self._stage = "ping" if self._in_flight is None else "put"
+        if self._in_flight is not None:
+            slot = self._place.slots[self._back] - HEADER.itemsize
+            message = self._in_flight.memory[: self._in_flight.nbytes]
+            self._under_way.append(self._window.start_put(message, self.target, slot))
+        self._under_way.append(self._window.start_ping(self._answer, self.target, self._place.control))
+        return self._in_flight is not None
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait for the answer to the last ping, once the courier has ended."""
+        wait_until(lambda: all(request.Test() for request in self._under_way), timeout_s)
+        self._under_way = []
 
 
 class Courier:
@@ -221,6 +232,8 @@ class Courier:
         if self._thread is not None:
             self._ending.set()
             self._thread.join()
+            for outbox in self._outboxes:
+                outbox.settle(SETTLE_S)
         self._never.Cancel()
         self._never.Wait()
         self._comm.Free()

@@ -156,7 +156,7 @@ class SwapsTwiceAtOnce(BackgroundOutbox):
         self._free.append(Snapshot(place.capacity))
 
     def _step(self) -> bool:
-        if self._swap is not None and self._waiting is not None:
+        if self._stage == "swap" and self._under_way and self._waiting is not None:
             with self._lock:
                 message, self._waiting = self._waiting, None
             slot = self._place.slots[self._back] - HEADER.itemsize
@@ -164,8 +164,8 @@ class SwapsTwiceAtOnce(BackgroundOutbox):
             self._window.flush(self.target)
             before = np.zeros(1, np.int64)
             swap = self._window.start_swap(self._word, before, self.target, self._place.control)
-            self._swap.Wait()
-            self._swap, self._before = swap, before
+            self._under_way[0].Wait()
+            self._under_way, self._before = [swap], before
             with self._lock:
                 self._free.append(message)
         return super()._step()
