@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gala_mpi.mailbox import FRESH, HEADER, Delivery, Outbox, Place, seal
+from gala_mpi.mailbox import HEADER, Delivery, Outbox, Place, publication, seal
 from gala_mpi.waiting import wait_until
 from gala_mpi.window import MpiError, Window, may_call_from_threads, node_leaders
 
@@ -136,9 +136,9 @@ class BackgroundOutbox:
                 self._free.append(self._in_flight)
                 self._in_flight = None
         # The answer is there this moment, so the next operation is started now, if only a ping: see above.
-        if self._stage == "put":
+        if self._stage == "put" and self._in_flight is not None:
             self._stage = "swap"
-            self._word[0] = self._back | FRESH
+            self._word[0] = publication(self._back, int(self._in_flight.header["number"][0]))
             swap = self._window.start_swap(self._word, self._before, self.target, self._place.control)
             self._under_way = [swap]
             return True

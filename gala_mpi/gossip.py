@@ -73,6 +73,13 @@ class InNeighbour:
     finished: bool = False
     held: Message | None = None
 
+    def take(self) -> Message | None:
+        """The newest message, if there is one; what is held is given up for it."""
+        if not self.inbox.fresh():
+            return None
+        self.held = None
+        return self.inbox.take()
+
 
 @dataclass
 class ExchangeCounters:
@@ -308,7 +315,7 @@ class Gossip:
             neighbour.staleness += 1
 
     def _mix(self, state: npt.NDArray[np.float32]) -> None:
-        taken = [(neighbour, message) for neighbour in self.in_neighbours if (message := neighbour.inbox.take())]
+        taken = [(neighbour, message) for neighbour in self.in_neighbours if (message := neighbour.take())]
         if self.topology.rotating:
             weights = [1 / (1 + len(taken))] * len(taken)
         else:
@@ -364,7 +371,7 @@ class Gossip:
     def _adopt(self, state: npt.NDArray[np.float32]) -> bool:
         """Take over the first message that is there and finite, or else the newest of those mixed last."""
         for neighbour in self.in_neighbours:
-            message = neighbour.inbox.take()
+            message = neighbour.take()
             if message is not None:
                 state.fill(0)
                 _, (accepted,) = _native.mix(state, 0.0, [message.payload], [1.0], WIRES[self._wire])

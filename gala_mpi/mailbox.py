@@ -4,7 +4,7 @@ A mailbox lies in the receiver's window: one control word on a cache line of its
 times `back` (known to the sender), `middle` (in the control word) and `front` (known to the receiver) are a
 permutation of 0, 1, 2, so no slot is ever written and read at once, and neither side waits for the other.
 
-    control word = index of the middle slot (bits 0-1) | FRESH (bit 2)
+    control word = index of the middle slot (bits 0-1) | FRESH (bit 2) | number of its message (from bit 3 on)
 
     word         written by                              read by
     slot back    the sender: Put, done at its Flush      nobody
@@ -16,8 +16,8 @@ Win_sync order that publication before its loads, and its loads before the swap 
 
 In a `polled` window there is no Flush, since it may wait for other targets (see `courier`), and messages are sealed:
 the header holds their number and a checksum over the whole. Should a part of a Put land after the publication, or
-even after the slot has changed hands, the checksum does not fit, or the number is not above that of the last message
-taken, and nothing is given out. Once both fit, all is there, and what lands late changes no byte.
+even after the slot has changed hands, the checksum does not fit, or the number is not the one that was published, and
+nothing is given out. Once both fit, all is there, and what lands late changes no byte.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from gala_mpi.window import PAGE_BYTES, Bytes, Window
 
 SLOTS = 3
 FRESH = 4
+NUMBER_SHIFT = 3
 CACHE_LINE_BYTES = 64
 
 HEADER = np.dtype(
@@ -79,7 +80,7 @@ def _whole_pages(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Message:
-    """What an inbox gives: the header's fields, and a view of the payload, valid until the next `take`."""
+    """What an inbox gives: the header's fields, and a view of the payload, valid until the next `take` when `fresh`."""
 
     sender: int
     update: int
@@ -96,11 +97,19 @@ def seal(header: npt.NDArray[np.void], payload: Bytes) -> None:
     header["checksum"] = (_native.checksum(header.view(np.uint8)) + _native.checksum(payload)) % 2**64
 
 
-def is_whole(memory: Bytes) -> bool:
-    """Whether the checksum in a header fits it and the payload behind it."""
-    found = int(memory[: HEADER.itemsize].view(HEADER)["checksum"][0])
+def is_whole(memory: Bytes, number: int) -> bool:
+    """Whether a header and the payload behind it are all of the message of that number."""
+    header = memory[: HEADER.itemsize].view(HEADER)[0]
+    found = int(header["checksum"])
     # As the field counted as 0 when it was made, its own two words are taken off.
-    return (_native.checksum(memory) - (found & 0xFFFFFFFF) - (found >> 32)) % 2**64 == found
+    return int(header["number"]) == number and (
+        (_native.checksum(memory) - (found & 0xFFFFFFFF) - (found >> 32)) % 2**64 == found
+    )
+
+
+def publication(slot: int, number: int) -> int:
+    """The control word that publishes a slot."""
+    return slot | FRESH | number << NUMBER_SHIFT
 
 
 class Delivery(Protocol):
@@ -153,7 +162,7 @@ class Outbox:
         self._window.put(self._header, self.target, slot - HEADER.itemsize)
         self._window.put(payload, self.target, slot)
         self._window.flush(self.target)
-        self._back = self._window.swap(self.target, self._place.control, self._back | FRESH) & 3
+        self._back = self._window.swap(self.target, self._place.control, publication(self._back, self._number)) & 3
 
 
 class Inbox:
@@ -176,11 +185,15 @@ class Inbox:
         return bool(self._window.load(self._window.rank, self._place.control) & FRESH)
 
     def take(self) -> Message | None:
-        """The newest message, or None if none came since the last `take`, or not all of it yet."""
+        """The newest message, or None if none came since the last `take`, or not all of it yet.
+
+        Whatever it gives, the message taken before is no longer valid if the inbox was fresh.
+        """
         if self._published():
             # The loads from the old front slot must be over before the sender may own it.
             self._window.sync()
-            self._front = self._window.swap(self._window.rank, self._place.control, self._front) & 3
+            found = self._window.swap(self._window.rank, self._place.control, self._front)
+            self._front, self._number = found & 3, found >> NUMBER_SHIFT
             self._landing = True
         if not self._landing:
             return None
@@ -189,12 +202,11 @@ class Inbox:
         header = self._window.memory(slot - HEADER.itemsize, HEADER.itemsize).view(HEADER)[0]
         nbytes = int(header["nbytes"])
         if self._window.polled and not (
-            int(header["number"]) > self._number
-            and 0 <= nbytes <= self._place.capacity
-            and is_whole(self._window.memory(slot - HEADER.itemsize, HEADER.itemsize + nbytes))
+            0 <= nbytes <= self._place.capacity
+            and is_whole(self._window.memory(slot - HEADER.itemsize, HEADER.itemsize + nbytes), self._number)
         ):
             return None
-        self._landing, self._number = False, int(header["number"])
+        self._landing = False
         return Message(
             sender=int(header["sender"]),
             update=int(header["update"]),
