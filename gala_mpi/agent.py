@@ -21,15 +21,15 @@ from gala_mpi.board import Board, Overview
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig, UsageError
 from gala_mpi.courier import Courier
+from gala_mpi.doctor.findings import FAIL
+from gala_mpi.doctor.preflight import ruinous
 from gala_mpi.environments import Simulators, is_atari, make_simulators
 from gala_mpi.exchange import Exchange, make_exchange, window_bytes
-from gala_mpi.findings import FAIL
 from gala_mpi.gossip import DivergedError
 from gala_mpi.learner import Learner, Losses
 from gala_mpi.monitor import Monitor
 from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.parameters import FlatParameters
-from gala_mpi.preflight import ruinous
 from gala_mpi.recorder import Recorder, rank_file
 from gala_mpi.rollout import Collector
 from gala_mpi.waiting import Watchdog, meet

@@ -59,7 +59,7 @@ def train(args: list[str]) -> int:
 
 def topology(args: list[str]) -> int:
     """Describe and draw a topology; returns the exit code. Local: without MPI."""
-    from gala_mpi import topology_report
+    from gala_mpi.graphs import command as topology_report
 
     try:
         return _print_once(topology_report.report(args))
@@ -69,7 +69,7 @@ def topology(args: list[str]) -> int:
 
 def doctor(args: list[str]) -> int:
     """Examine MPI, the nodes and the file system; returns the exit code. All ranks of the job call it."""
-    from gala_mpi import doctor as examiner
+    from gala_mpi.doctor import command as examiner
 
     watch = examiner.start_watch(args)
     return under_mpi(lambda comm: examiner.run(args, comm, watch))
@@ -77,7 +77,7 @@ def doctor(args: list[str]) -> int:
 
 def bench(args: list[str]) -> int:
     """Measure the cost of an exchange; returns the exit code. Collective over all ranks of the job."""
-    from gala_mpi import bench as benchmark
+    from gala_mpi.bench import command as benchmark
 
     watch = benchmark.start_watch(args)
     return under_mpi(lambda comm: benchmark.run(args, comm, watch))
@@ -202,21 +202,21 @@ def help_text(args: list[str]) -> str:
 
 def topology_help(args: list[str]) -> str:
     """What `gala-mpi topology --help` prints."""
-    from gala_mpi import topology_report
+    from gala_mpi.graphs import command as topology_report
 
     return topology_report.help_text(args)
 
 
 def doctor_help(args: list[str]) -> str:
     """What `gala-mpi doctor --help` prints."""
-    from gala_mpi import doctor as examiner
+    from gala_mpi.doctor import command as examiner
 
     return examiner.help_text(args)
 
 
 def bench_help(args: list[str]) -> str:
     """What `gala-mpi bench --help` prints."""
-    from gala_mpi import bench as benchmark
+    from gala_mpi.bench import command as benchmark
 
     return benchmark.help_text(args)
 

@@ -15,7 +15,7 @@ import pytest
 from cluster import Cluster
 from conftest import Mpi
 
-from gala_mpi.placement import cores_of_node
+from gala_mpi.doctor.placement import cores_of_node
 
 COMMAND = ("-m", "gala_mpi", "bench")
 SMALL = ("--parameters", "1000", "20_000", "--repeats", "4")

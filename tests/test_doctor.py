@@ -18,8 +18,8 @@ import pytest
 from cluster import Cluster
 from conftest import LAUNCHER_VARIABLES, Mpi, finish
 
-from gala_mpi.findings import FAIL, OK, WARN
-from gala_mpi.placement import cores_of_node
+from gala_mpi.doctor.findings import FAIL, OK, WARN
+from gala_mpi.doctor.placement import cores_of_node
 
 COMMAND = ("-m", "gala_mpi", "doctor")
 # Between ranks of one host, too, MPICH then goes through the network.
@@ -263,7 +263,7 @@ def test_a_deadline_that_is_too_short_is_one_line(mpi: Mpi, tmp_path: Path) -> N
 
 STOPS = """
 import os, signal, sys
-from gala_mpi import {module}
+from gala_mpi.doctor import {module}
 from gala_mpi.cli import main
 from mpi4py import MPI
 def stop(*_, **__):
@@ -310,7 +310,7 @@ RUINOUS = """
 import dataclasses, json, sys, time
 from pathlib import Path
 from mpi4py import MPI
-from gala_mpi.preflight import ruinous
+from gala_mpi.doctor.preflight import ruinous
 comm = MPI.COMM_WORLD
 comm.Barrier()
 begin = time.monotonic()

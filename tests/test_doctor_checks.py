@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gala_mpi import devices, doctor, examination, libraries, links, placement, storage, verdicts
-from gala_mpi.findings import FAIL, OK, WARN, Finding, as_json, as_text, failed, in_units, merge, spans
+from gala_mpi.doctor import command as doctor
+from gala_mpi.doctor import devices, examination, libraries, links, placement, storage, verdicts
+from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding, as_json, as_text, failed, in_units, merge, spans
 
 MPICH, OPENMPI = "MPICH Version: 5.0.2", "Open MPI v5.0.11, package: ..."
 SRUN = libraries.Launch("srun", 4, 0)

@@ -15,9 +15,9 @@ ORDER = (
         "collective",
         "edge_list",
         "topology",
-        "graph_measures",
-        "topology_drawing",
-        "topology_report",
+        "graphs.measures",
+        "graphs.drawing",
+        "graphs.command",
         "parameters",
         "_native",
         "waiting",
@@ -28,18 +28,18 @@ ORDER = (
         "gossip",
     ),
     *("exchange", "environments", "networks", "rollout", "learner", "board", "schema", "recorder", "monitor"),
-    *("findings", "libraries", "placement", "storage", "preflight", "agent"),
-    *("devices", "peers", "links", "verdicts", "examination", "doctor"),
-    *("gloo", "costs", "exchange_cost", "cost_table", "bench", "cli", "__main__"),
+    *("doctor.findings", "doctor.libraries", "doctor.placement", "doctor.storage", "doctor.preflight", "agent"),
+    *("doctor.devices", "doctor.peers", "doctor.links", "doctor.verdicts", "doctor.examination", "doctor.command"),
+    *("bench.gloo", "bench.costs", "bench.exchange_cost", "bench.cost_table", "bench.command", "cli", "__main__"),
 )
 # The doctor's examination asks the library for its version and its thread level; the benchmark times MPI's all-reduce.
-MAY_IMPORT_MPI = {"window", "exchange", "cli", "examination", "exchange_cost"}
+MAY_IMPORT_MPI = {"window", "exchange", "cli", "doctor.examination", "bench.exchange_cost"}
 
 
 def runtime_imports(module: str) -> set[str]:
     """Names of all modules that a module imports when it runs, type checking left out."""
     found = set()
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text("utf-8"))
     skipped = {
         id(child)
         for node in ast.walk(tree)
@@ -56,17 +56,23 @@ def runtime_imports(module: str) -> set[str]:
     return found
 
 
+def all_modules() -> list[str]:
+    """Every module by its name below the package."""
+    paths = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+    return [".".join(path.parts) for path in paths if path.name != "__init__"]
+
+
 def test_modules_import_only_from_those_before_them() -> None:
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    modules = set(all_modules())
     assert modules - {"_native"} == set(ORDER) - {"_native"}
     for module in modules - {"_native"}:
         earlier = ORDER[: ORDER.index(module)]
-        mine = {name.split(".")[1] for name in runtime_imports(module) if name.startswith("gala_mpi.")}
+        mine = {name.removeprefix("gala_mpi.") for name in runtime_imports(module)}
         assert {name for name in mine if name in ORDER} <= set(earlier), module
 
 
 def test_only_the_window_the_exchange_and_the_command_line_import_mpi() -> None:
-    users = {path.stem for path in PACKAGE.glob("*.py") if "mpi4py.MPI" in runtime_imports(path.stem)}
+    users = {module for module in all_modules() if "mpi4py.MPI" in runtime_imports(module)}
     assert users == MAY_IMPORT_MPI
 
 

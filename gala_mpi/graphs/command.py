@@ -21,7 +21,7 @@ from rich.table import Table
 
 from gala_mpi import arguments
 from gala_mpi.config import ConfigError
-from gala_mpi.graph_measures import DENSE_LIMIT, GraphMeasures, measure
+from gala_mpi.graphs.measures import DENSE_LIMIT, GraphMeasures, measure
 from gala_mpi.topology import Topology, make_topology
 
 DESCRIPTION = "Show who sends to whom: gala-mpi topology hierarchical --size 16 --ranks-per-node 4 --draw graph.png"
@@ -65,7 +65,7 @@ def report(args: list[str]) -> str:
     topology = make_topology(options.name, options.size, nodes)
     if options.draw is not None:
         # Only now: matplotlib takes a second to import, and not everyone has it.
-        from gala_mpi.topology_drawing import draw
+        from gala_mpi.graphs.drawing import draw
 
         draw(topology, nodes, options.draw)
     measures = measure(topology, nodes)

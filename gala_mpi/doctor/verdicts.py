@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gala_mpi.findings import FAIL, OK, WARN, Finding
-from gala_mpi.libraries import family
-from gala_mpi.links import PAYLOAD_BYTES, Edge, Link
+from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding
+from gala_mpi.doctor.libraries import family
+from gala_mpi.doctor.links import PAYLOAD_BYTES, Edge, Link
 
 # A rank makes an update in about this time; messages that take longer come in less often than they are made.
 SLOW_PUT_S = 0.1

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gala_mpi import arguments, libraries, storage
+from gala_mpi import arguments
 from gala_mpi.config import ConfigError
-from gala_mpi.examination import Examination
-from gala_mpi.findings import as_json, as_text, failed, merge
-from gala_mpi.peers import Peers, Watch
+from gala_mpi.doctor import libraries, storage
+from gala_mpi.doctor.examination import Examination
+from gala_mpi.doctor.findings import as_json, as_text, failed, merge
+from gala_mpi.doctor.peers import Peers, Watch
 from gala_mpi.topology import make_topology
 
 if TYPE_CHECKING:

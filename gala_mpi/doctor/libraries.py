@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gala_mpi.findings import FAIL, OK, WARN, Finding
+from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding
 
 # Order matters: the libraries made from MPICH name it too.
 FAMILIES = (("Open MPI", "openmpi"), ("CRAY", "cray"), ("Intel", "intel"), ("MVAPICH", "mvapich"), ("MPICH", "mpich"))

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from gala_mpi import devices, libraries, links, placement, storage, verdicts
-from gala_mpi.findings import OK, WARN, Finding, merge
-from gala_mpi.peers import Peers
+from gala_mpi.doctor import devices, libraries, links, placement, storage, verdicts
+from gala_mpi.doctor.findings import OK, WARN, Finding, merge
+from gala_mpi.doctor.peers import Peers
 
 PACKAGES = ("gala-mpi", "torch", "mpi4py", "h5py", "numpy", "ale-py")
 FACTS, PLAN, CHECKED, ROUNDS, MEASURED = range(1, 6)

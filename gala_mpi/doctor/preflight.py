@@ -7,10 +7,10 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gala_mpi.findings import FAIL, OK, Finding, merge
-from gala_mpi.libraries import launch, singletons, window_model
-from gala_mpi.placement import on_one_core, placed
-from gala_mpi.storage import SHARED_MEMORY, judge_room, room, shared_memory
+from gala_mpi.doctor.findings import FAIL, OK, Finding, merge
+from gala_mpi.doctor.libraries import launch, singletons, window_model
+from gala_mpi.doctor.placement import on_one_core, placed
+from gala_mpi.doctor.storage import SHARED_MEMORY, judge_room, room, shared_memory
 from gala_mpi.window import WORD_BYTES, Window
 
 if TYPE_CHECKING:

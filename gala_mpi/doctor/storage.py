@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gala_mpi.findings import FAIL, OK, WARN, Finding, in_units
-from gala_mpi.libraries import family
+from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding, in_units
+from gala_mpi.doctor.libraries import family
 
 SHARED_MEMORY = Path("/dev/shm")
 # Beyond this share of what is free, other users of /dev/shm (MPI's own queues, torch) may not find room.

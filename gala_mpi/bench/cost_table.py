@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gala_mpi.costs import (
+from gala_mpi.bench.costs import (
     ALL,
     ALLREDUCE,
     AVERAGE,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gala_mpi.findings import Finding, in_units
-from gala_mpi.peers import Peers
+from gala_mpi.doctor.findings import Finding, in_units
+from gala_mpi.doctor.peers import Peers
 
 if TYPE_CHECKING:
     from gala_mpi.window import Window

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gala_mpi.findings import FAIL, OK, WARN, Finding
-from gala_mpi.libraries import Launch, bind_fix
+from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding
+from gala_mpi.doctor.libraries import Launch, bind_fix
 
 CPUSETS = (Path("/sys/fs/cgroup/cpuset.cpus.effective"), Path("/sys/fs/cgroup/cpuset/cpuset.effective_cpus"))
 

@@ -6,8 +6,8 @@ import ctypes
 from importlib.util import find_spec
 from pathlib import Path
 
-from gala_mpi.findings import FAIL, OK, WARN, Finding
-from gala_mpi.libraries import CUDA, family
+from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding
+from gala_mpi.doctor.libraries import CUDA, family
 
 
 def devices(ranks: tuple[int, ...], library: str) -> list[Finding]:

@@ -29,7 +29,7 @@ from mpi4py import MPI
 from torch import nn
 
 from gala_mpi import _native
-from gala_mpi.costs import (
+from gala_mpi.bench.costs import (
     ALL,
     ALLREDUCE,
     AVERAGE,
@@ -46,15 +46,15 @@ from gala_mpi.costs import (
     Timing,
     over_ranks,
 )
+from gala_mpi.bench.gloo import Gloo
 from gala_mpi.courier import Courier
-from gala_mpi.gloo import Gloo
 from gala_mpi.gossip import WIRES, Gossip
 from gala_mpi.mailbox import Delivery, Message, Place, lay_out
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.window import Window
 
 if TYPE_CHECKING:
-    from gala_mpi.peers import Watch
+    from gala_mpi.doctor.peers import Watch
 
 REST_S = 0.0005
 LEAST_ROUNDS = 3

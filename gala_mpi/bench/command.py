@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gala_mpi import __version__, arguments, libraries, placement
+from gala_mpi.bench.costs import DELIVERY, GLOO, PACK, Costs
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, UsageError
-from gala_mpi.costs import DELIVERY, GLOO, PACK, Costs
-from gala_mpi.findings import FAIL, OK, in_units
-from gala_mpi.peers import Watch
+from gala_mpi.doctor.findings import FAIL, OK, in_units
+from gala_mpi.doctor.peers import Watch
 from gala_mpi.topology import make_topology
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
-    from gala_mpi.gloo import Gloo
+    from gala_mpi.bench.gloo import Gloo
 
 BENCH_HELP = "Measure what an exchange costs, beside memcpy and all-reduce: mpirun -n 2 gala-mpi bench"
 EXIT_CONFIG = 2
@@ -102,9 +102,9 @@ def run(args: Sequence[str], comm: Intracomm, watch: Watch) -> int:
         return EXIT_CONFIG
     options = on_all_ranks(comm, lambda: _check(args, comm))
     # Only now: torch takes seconds to import, and a bad option should be told at once.
-    from gala_mpi import cost_table
-    from gala_mpi.examination import own_facts
-    from gala_mpi.gloo import Gloo
+    from gala_mpi.bench import cost_table
+    from gala_mpi.bench.gloo import Gloo
+    from gala_mpi.doctor.examination import own_facts
     from gala_mpi.window import node_leaders
 
     library = own_facts().library
@@ -141,8 +141,8 @@ def _check(args: Sequence[str], comm: Intracomm) -> BenchOptions:
 
 def _preflight(options: BenchOptions, comm: Intracomm, library: str) -> list[placement.Placed]:
     """Where all ranks run. Raises UsageError where windows cannot be had. Collective."""
+    from gala_mpi.doctor.preflight import ruinous
     from gala_mpi.mailbox import lay_out
-    from gala_mpi.preflight import ruinous
 
     largest = 4 * max(options.parameters)
     sources = make_topology(options.topology, comm.size).in_edges[comm.rank]
@@ -175,7 +175,7 @@ def _missing(options: BenchOptions, size: int, group: Gloo | None) -> dict[str, 
 
 def _measure(options: BenchOptions, parameters: int, comm: Intracomm, watch: Watch, group: Gloo | None) -> Costs | None:
     """The costs of one size on rank 0, None elsewhere. Collective."""
-    from gala_mpi.exchange_cost import Measurement
+    from gala_mpi.bench.exchange_cost import Measurement
 
     watch.doing = f"making the windows for {parameters:,} parameters"
     measurement = Measurement(

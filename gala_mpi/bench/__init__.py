@@ -1,0 +1,1 @@
+"""What `gala-mpi bench` measures: the cost of an exchange, beside memory and all-reduces."""

@@ -1,0 +1,1 @@
+"""What `gala-mpi doctor` examines, and what training looks at before it starts."""

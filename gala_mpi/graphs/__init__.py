@@ -1,0 +1,1 @@
+"""What `gala-mpi topology` tells of a topology: measures and drawings."""
