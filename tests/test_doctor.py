@@ -295,7 +295,7 @@ def test_a_rank_that_stops_is_named_in_a_report(mpi: Mpi, module: str, name: str
 
 def test_a_link_that_does_not_answer_fails(mpich: Mpi, tmp_path: Path) -> None:
     """Over the network, a Put to a target that never enters MPI again is given up; the target itself does speak."""
-    code = "from gala_mpi import links\nimport sys, time\nfrom gala_mpi.cli import main\n"
+    code = "from gala_mpi.doctor import links\nimport sys, time\nfrom gala_mpi.cli import main\n"
     code += "links._serve = lambda peers, origin, patience_s: time.sleep(1.5 * patience_s)\n"
     code += "sys.argv[1:1] = ['doctor']\nmain()\n"
     done = mpich.run(2, "-c", code, "--deadline-s", "12", "--json", env=NETWORK, timeout_s=60, cwd=tmp_path)

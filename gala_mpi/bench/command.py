@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gala_mpi import __version__, arguments, libraries, placement
+from gala_mpi import __version__, arguments
 from gala_mpi.bench.costs import DELIVERY, GLOO, PACK, Costs
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, UsageError
+from gala_mpi.doctor import libraries, placement
 from gala_mpi.doctor.findings import FAIL, OK, in_units
 from gala_mpi.doctor.peers import Watch
 from gala_mpi.topology import make_topology
