@@ -161,8 +161,10 @@ class Agent:
             if self._monitor is not None:
                 self._monitor.close()
         # The file is closed before the others are told: from then on they may end the job.
-        self._exchange.finish()
+        with self._watchdog.limit(4 * self._timeout_s, "the end of the run: the MPI library has not returned"):
+            self._exchange.finish()
         self._board.finish(diverged=diverged)
+        lost = self._lost_at_the_end()
         return Summary(
             agent_steps=self._agent_steps,
             updates=self._update,
@@ -171,7 +173,7 @@ class Agent:
             stopped=stop.reason or ("another rank stopped" if self._board.stop_requested else None),
             overview=self._board.overview(),
             speaker=self._board.speaker,
-            lost=self._lost_at_the_end(),
+            lost=lost,
             diverged=self._board.diverged,
         )
 

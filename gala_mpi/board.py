@@ -1,9 +1,9 @@
 """The notice board of a run: what every rank has done, known to all ranks, kept by none.
 
-Each rank holds a copy of the whole board and writes the row that is its own. Copies spread by mailboxes over a
-directed exponential graph, in log2(size) hops, and are merged row by row: the newer wins. Steps taken, requests to
-stop and the end itself thus reach every rank without a server whose death would end the run. A row's `beat` rises
-whenever its owner comes by, which is the heartbeat: a rank whose beat stands still counts as lost.
+Each rank holds a copy of the whole board and writes the row that is its own. Copies spread by mailboxes over an
+exponential graph of both directions, in log2(size) hops, and are merged row by row: the newer wins. Steps taken,
+requests to stop and the end itself thus reach every rank without a server whose death would end the run. A row's
+`beat` rises whenever its owner comes by, which is the heartbeat: a rank whose beat stands still counts as lost.
 
     word                        written by                  read by
     row r of any copy           rank r, then by merging     all ranks, in their own copy
@@ -71,11 +71,11 @@ class Board:
         self._copy = np.zeros(1, [("rows", ROW, (comm.size,)), ("recent", RECENT, (RECENT_EPISODES,))])
         self._rows, self._recent = self._copy["rows"][0], self._copy["recent"][0]
         self._mine = self._rows[comm.rank : comm.rank + 1]
-        graph = make_topology("exponential", comm.size)
-        self._mailboxes = Mailboxes(comm, courier, graph.in_edges, self._copy.nbytes)
+        self._mailboxes = Mailboxes(comm, courier, _both_ways(comm.size), self._copy.nbytes)
         self._heard_at_s = np.full(comm.size, math.inf)
         self._lost = np.zeros(comm.size, bool)
         self._told_at_s = 0.0
+        self._looked_at_s = math.inf
 
     @property
     def total_steps(self) -> int:
@@ -186,6 +186,10 @@ class Board:
 
     def _look_for_lost(self, now: float) -> None:
         # Patience begins with the first look, not while ranks are still being set up.
+        # So does it after a time in which this rank itself was stopped, or in a long rollout.
+        if now - self._looked_at_s > self._timeout_s / 2:
+            self._heard_at_s[:] = now
+        self._looked_at_s = now
         self._heard_at_s[np.isinf(self._heard_at_s)] = now
         silent = now - self._heard_at_s > self._timeout_s
         lost = silent & (self._rows["flags"] & FINISHED == 0)
@@ -198,3 +202,9 @@ class Board:
     def free(self) -> None:
         """Free the windows. Collective, after `finish`."""
         self._mailboxes.free()
+
+
+def _both_ways(size: int) -> list[list[int]]:
+    """In-neighbours of each rank: r - 2^k and r + 2^k. The survivors of a dead node still hear each other."""
+    graph = make_topology("exponential", size)
+    return [sorted({*graph.in_neighbours(rank), *graph.out_neighbours(rank)}) for rank in range(size)]

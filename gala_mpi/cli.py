@@ -1,7 +1,7 @@
 """The command line: reads the configuration, checks it on all ranks at once, and runs the agent.
 
 Exit codes: 0 the budget or the time limit is reached; 1 an error, with its traceback; 2 a setting that cannot
-be used; 3 the budget is reached, but ranks were lost on the way; 4 the same, but ranks ended as their parameters
+be used; 3 as 0, but ranks were lost on the way; 4 as 0, but ranks ended as their parameters
 were not finite; 75 stopped by a signal before that.
 """
 
@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -64,7 +65,7 @@ def topology(args: list[str]) -> int:
     try:
         return _print_once(topology_report.report(args))
     except UsageError as error:
-        return refuse(error)
+        return refuse(error) if _speaks_for_launcher() else EXIT_CONFIG
 
 
 def doctor(args: list[str]) -> int:
@@ -166,8 +167,11 @@ def _leave(comm: MPI.Intracomm, code: int, *, speaks: bool) -> NoReturn:
     # All files are closed. One rank ends the job, lost processes that still exist too; a launcher may drop what it
     # has not forwarded yet.
     time.sleep(GRACE_S if speaks else 10 * GRACE_S)
-    if speaks:
-        comm.Abort(code)
+    # Should the library not return, for what a dead rank left locked, the process still ends.
+    ending = threading.Timer(10 * GRACE_S, os._exit, (code,))
+    ending.daemon = True
+    ending.start()
+    comm.Abort(code)
     os._exit(code)
 
 

@@ -66,6 +66,7 @@ class InNeighbour:
     inbox: Inbox
     heard_at_s: float | None = None
     update: int = 0
+    number: int = 0
     staleness: int = 0
     message_age_s: float = math.nan
     distance: float = math.nan
@@ -218,8 +219,9 @@ class Gossip:
         return stop
 
     def finish(self) -> None:
-        """Tell the out-neighbours that no message will follow this last one."""
-        self._post(self._flat.host(), self._deliveries, last=True)
+        """Tell the out-neighbours that no message will follow this last one, empty if the parameters are not finite."""
+        state = self._flat.host()
+        self._post(state if _native.all_finite(state) else state[:0], self._deliveries, last=True)
 
     def free(self) -> None:
         """Free the windows, and the courier if it is this object's own. Collective."""
@@ -258,7 +260,7 @@ class Gossip:
     def _post(self, payload: npt.NDArray[Any], targets: Iterable[int], *, last: bool = False) -> None:
         if not self._deliveries:
             return
-        if self._staging is not None:
+        if self._staging is not None and len(payload):
             _native.pack([payload], self._staging, WIRES[self._wire])
             payload = self._staging
         for target in targets:
@@ -316,6 +318,9 @@ class Gossip:
 
     def _mix(self, state: npt.NDArray[np.float32]) -> None:
         taken = [(neighbour, message) for neighbour in self.in_neighbours if (message := neighbour.take())]
+        for neighbour, message in taken:
+            neighbour.finished = message.last
+        taken = [(neighbour, message) for neighbour, message in taken if len(message.payload)]
         if self.topology.rotating:
             weights = [1 / (1 + len(taken))] * len(taken)
         else:
@@ -337,7 +342,8 @@ class Gossip:
             counters.neighbour_distance = sum(n.distance for n in mixed_now) / len(mixed_now)
 
     def _account(self, neighbour: InNeighbour, message: Message, distance: float, mixed: bool) -> None:
-        self.counters.messages_dropped += max(message.update - neighbour.update - 1, 0)
+        self.counters.messages_dropped += max(message.number - neighbour.number - 1, 0)
+        neighbour.number = message.number
         neighbour.update = message.update
         neighbour.finished = message.last
         neighbour.held = message if mixed else None
@@ -372,7 +378,9 @@ class Gossip:
         """Take over the first message that is there and finite, or else the newest of those mixed last."""
         for neighbour in self.in_neighbours:
             message = neighbour.take()
-            if message is not None:
+            if message is not None and not len(message.payload):
+                neighbour.finished = True
+            elif message is not None:
                 state.fill(0)
                 _, (accepted,) = _native.mix(state, 0.0, [message.payload], [1.0], WIRES[self._wire])
                 self._account(neighbour, message, math.nan, accepted)

@@ -83,6 +83,7 @@ class Message:
     """What an inbox gives: the header's fields, and a view of the payload, valid until the next `take` when `fresh`."""
 
     sender: int
+    number: int
     update: int
     time_s: float
     agent_steps: int
@@ -209,6 +210,7 @@ class Inbox:
         self._landing = False
         return Message(
             sender=int(header["sender"]),
+            number=int(header["number"]),
             update=int(header["update"]),
             time_s=float(header["time_s"]),
             agent_steps=int(header["agent_steps"]),

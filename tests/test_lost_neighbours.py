@@ -105,6 +105,15 @@ def test_a_rank_that_is_stopped_for_good_does_not_hold_the_job(mpi: Mpi, victim:
         assert not Path(f"/proc/{stopped}").exists()
 
 
+@pytest.mark.parametrize("victims", [{2, 3}, {1, 2}])
+def test_two_of_four_ranks_may_be_killed(one_mpi: Mpi, victims: set[int], tmp_path: Path) -> None:
+    """Those that are left still hear of each other, whatever ranks were between them."""
+    with started(one_mpi.surviving(), tmp_path / "run", 4) as process:
+        for victim in victims:
+            os.kill(rank_process(process.pid, victim), signal.SIGKILL)
+        assert_survived(finish(process, 90), tmp_path / "run", 4, victims)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_that_comes_back_is_mixed_with_again(mpi: Mpi, victim: int, tmp_path: Path) -> None:
     with started(mpi, tmp_path / "run", 3) as process:
@@ -190,4 +199,5 @@ def test_a_rank_that_is_to_stop_on_divergence_ends_alone(mpi: Mpi, tmp_path: Pat
     assert rows(run, 1, "updates")["update"][-1] == 29
     assert sum(int(rows(run, rank, "updates")["agent_steps"][-1]) for rank in (0, 2)) > 35_000
     for rank in (0, 2):
-        assert np.isfinite(rows(run, rank, "updates")["policy_loss"]).all()
+        table = rows(run, rank, "updates")
+        assert table["messages_rejected"][-1] == 0 and np.isfinite(table["policy_loss"]).all()
