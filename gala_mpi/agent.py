@@ -91,7 +91,7 @@ class Agent:
         self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
         self._policy = make_policy(config, self._simulators, _generator(int(shared.generate_state(1)[0]))).to(device)
         self._flat = FlatParameters(self._policy)
-        look_ahead(comm, window_bytes(config.exchange, self._flat, comm), None)
+        look_ahead(comm, window_bytes(config.exchange, self._flat, comm))
         self._timeout_s = config.exchange.neighbour_timeout_s
         self._courier = Courier(comm, config.exchange.delivery)
         self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm, self._courier)
@@ -298,9 +298,9 @@ def make_policy(config: TrainConfig, simulators: Simulators, generator: torch.Ge
     return MLPPolicy(inputs, config.learner.hidden, simulators.actions, generator)
 
 
-def look_ahead(comm: Intracomm, nbytes: int, out: Path | None) -> None:
+def look_ahead(comm: Intracomm, nbytes: int) -> None:
     """Refuse what would ruin the run, and warn of what may. Collective."""
-    for finding in ruinous(comm, nbytes, out, library_version()):
+    for finding in ruinous(comm, nbytes, None, library_version()):
         # More ranks than cores are slow, but may be meant.
         if finding.status == FAIL and not finding.check.startswith("cores."):
             raise UsageError(f"{finding.message}; what helps: {finding.fix} (gala-mpi doctor tells more)")

@@ -241,9 +241,7 @@ class Gossip:
         if self._closed:
             return
         self.finish()
-        arrived = self._courier.drain(timeout_s)
-        self._courier.check()
-        if not (arrived and meet(self._comm, timeout_s)):
+        if not (self._courier.drain(timeout_s) and meet(self._comm, timeout_s)):
             raise TimeoutError(f"some rank has not come to the end of the exchange within {timeout_s:g} s")
         self.free()
 
