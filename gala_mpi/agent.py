@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from gala_mpi import __version__, _native
-from gala_mpi.board import Board, Overview
+from gala_mpi.board import Board, Overview, board_bytes
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig, UsageError
 from gala_mpi.courier import Courier
@@ -32,13 +32,15 @@ from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.recorder import Recorder, rank_file
 from gala_mpi.rollout import Collector
-from gala_mpi.waiting import Watchdog, meet
+from gala_mpi.waiting import Watchdog, wait_until
 from gala_mpi.window import library_version
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
+    from mpi4py.MPI import Intracomm, Request
 
 REFERENCE_SIMULATORS = 16
+# Between the first rank that starts and the last: loading torch from a busy network file system takes minutes.
+START_WITHIN_S = 900.0
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +60,6 @@ class RunInfo:
 
     folder: Path
     run_id: str
-    t0: float
     started: str
     mpi_library: str
 
@@ -79,22 +80,34 @@ class Summary:
 
 
 class Agent:
-    """One rank's simulators, policy, learner, exchange and recorder. Making it and `train` are collective."""
+    """One rank's simulators, policy, learner, exchange and recorder. Making it and `train` are collective.
 
-    def __init__(self, config: TrainConfig, comm: Intracomm) -> None:
-        self._config, self._comm = config, comm
+    Raises UsageError, on all ranks, if the run cannot be, or a file of it cannot be made.
+    """
+
+    def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo) -> None:
+        self._config, self._comm, self._info = config, comm, info
+        self._watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
+        complaint = f"the start of the run: some rank has not come within {START_WITHIN_S:g} s"
+        with self._watchdog.limit(START_WITHIN_S, complaint):
+            self._set_up()
+
+    def _set_up(self) -> None:
+        config, comm, info = self._config, self._comm, self._info
         threads, device = on_all_ranks(comm, lambda: _place(comm, config.run.device))
-        torch.set_num_threads(threads)
+        # The threads of a network for flat observations wait for each other longer than they compute.
+        torch.set_num_threads(_threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
         # One stream for each use: parameters from the seed alone, simulators and actions by rank.
         shared = np.random.SeedSequence([config.run.seed])
         simulator_seed, action_seed = np.random.SeedSequence([config.run.seed, comm.rank]).generate_state(2)
         self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
         self._policy = make_policy(config, self._simulators, _generator(int(shared.generate_state(1)[0]))).to(device)
         self._flat = FlatParameters(self._policy)
-        look_ahead(comm, window_bytes(config.exchange, self._flat, comm))
+        look_ahead(comm, window_bytes(config.exchange, self._flat, comm) + board_bytes(comm.size), info.folder)
         self._timeout_s = config.exchange.neighbour_timeout_s
         self._courier = Courier(comm, config.exchange.delivery)
-        self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm, self._courier)
+        self._board = Board(comm, self._courier, self._timeout_s)
+        self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm, self._courier, self._board.come_by)
         self._learner = Learner(
             self._flat, config.learner, learning_rate(config, comm.size), self._exchange.average_gradient
         )
@@ -102,8 +115,9 @@ class Agent:
         steps = config.learner.rollout_steps
         # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
         self._collector = Collector(self._simulators, self._policy, steps, int(simulator_seed) >> 2, generator)
-        self._board = Board(comm, self._courier, self._timeout_s)
-        self._watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
+        # The same instant on all ranks, from which they count.
+        self._t0 = comm.bcast(time.time())
+        self._recorder = on_all_ranks(comm, lambda: self._make_recorder(info))
         self._monitor: Monitor | None = None
         self._next_sketch = 0
         self._agent_steps = self._update = 0
@@ -127,7 +141,7 @@ class Agent:
             },
             "delivery": {str(target): way for target, way in self._exchange.ways.items()},
             "started": info.started,
-            "t0": info.t0,
+            "t0": self._t0,
         }
         try:
             return Recorder(rank_file(info.folder, comm.rank), attributes, config.record, config.run.seed)
@@ -135,15 +149,12 @@ class Agent:
             allowed = f"a folder that {platform.node()} can write ({error})"
             raise ConfigError("out", str(info.folder), allowed) from error
 
-    def train(self, info: RunInfo, stop: StopRequest, on_update: Callable[[int], None] | None = None) -> Summary:
+    def train(self, stop: StopRequest, on_update: Callable[[int], None] | None = None) -> Summary:
         """Run to the end of the budget, the time limit or a request to stop.
 
-        `on_update`, if given, is called after every update with its number. Raises ConfigError, on all
-        ranks, if a file of the run cannot be made.
+        `on_update`, if given, is called after every update with its number.
         """
-        self._info = info
-        self._recorder = on_all_ranks(self._comm, lambda: self._make_recorder(info))
-        begin_s = time.monotonic()
+        self._begin_s = time.monotonic()
         diverged = False
         try:
             while self._progress() < 1 and not self._exchange.agree(self._wants_to_stop(stop)):
@@ -161,15 +172,12 @@ class Agent:
             if self._monitor is not None:
                 self._monitor.close()
         # The file is closed before the others are told: from then on they may end the job.
-        with self._watchdog.limit(4 * self._timeout_s, "the end of the run: the MPI library has not returned"):
-            self._exchange.finish()
-        self._board.finish(diverged=diverged)
-        lost = self._lost_at_the_end()
+        lost = self._end(diverged)
         return Summary(
             agent_steps=self._agent_steps,
             updates=self._update,
             total_steps=self._board.total_steps,
-            seconds=time.monotonic() - begin_s,
+            seconds=time.monotonic() - self._begin_s,
             stopped=stop.reason or ("another rank stopped" if self._board.stop_requested else None),
             overview=self._board.overview(),
             speaker=self._board.speaker,
@@ -177,14 +185,34 @@ class Agent:
             diverged=self._board.diverged,
         )
 
-    def _lost_at_the_end(self) -> list[int]:
-        """Ranks that the last messages do not reach, or that do not come to the end. Collective unless empty."""
-        lost = self._board.lost
-        self._courier.drain(self._timeout_s, without=lost)
-        if not lost and not meet(self._comm, self._timeout_s):
-            # They were heard after their last update, or leave since they miss a rank that this one has heard.
-            lost = [rank for rank in range(self._comm.size) if rank != self._comm.rank]
-        return lost
+    def _end(self, diverged: bool) -> list[int]:
+        """Wait until all ranks are done and have met; those that are lost instead. Collective if there are none."""
+        board, end = self._board, "the end of the run: the MPI library has not returned"
+
+        def come_by() -> bool:
+            with self._watchdog.limit(4 * self._timeout_s, end):
+                board.come_by()
+            return True
+
+        with self._watchdog.limit(4 * self._timeout_s, end):
+            self._exchange.finish()
+            board.finish(diverged=diverged)
+        # As long as others work and are heard: each of them ends, or falls silent and is lost.
+        wait_until(lambda: come_by() and board.all_done, math.inf)
+        with self._watchdog.limit(4 * self._timeout_s, end):
+            board.meet()
+            met: list[Request] = []
+
+        def all_met() -> bool:
+            # All that this rank has sent has arrived before the windows may be freed.
+            if not met and self._courier.drain(0, without=board.lost):
+                met.append(self._comm.Ibarrier())
+            return come_by() and (bool(board.lost) or bool(met and met[0].Test()))
+
+        if not wait_until(all_met, 4 * self._timeout_s):
+            # All are heard, but one does not come: leave as if it were lost.
+            return [rank for rank in range(self._comm.size) if rank != self._comm.rank]
+        return board.lost
 
     def free(self) -> None:
         """Free windows and simulators. Collective; not to be called if a rank is lost."""
@@ -200,7 +228,9 @@ class Agent:
         if self._board.speaker != self._comm.rank:
             return
         if self._monitor is None:
-            self._monitor = Monitor(run.total_steps, self._config.record.progress_every_s, run.time_limit_s)
+            every_s = self._config.record.progress_every_s
+            # A rank may take over from one that is lost, in the middle of the run.
+            self._monitor = Monitor(run, every_s, self._begin_s, self._board.total_steps)
         if self._monitor.due():
             self._monitor.show(self._board.overview())
 
@@ -210,7 +240,7 @@ class Agent:
         limit_s = math.inf if run.time_limit_s is None else run.time_limit_s
         if stop.reason:
             self._board.ask_all_to_stop()
-        return bool(stop.reason) or self._board.stop_requested or time.time() - self._info.t0 >= limit_s
+        return bool(stop.reason) or self._board.stop_requested or time.time() - self._t0 >= limit_s
 
     def _progress(self) -> float:
         """Share of the budget that is spent."""
@@ -233,17 +263,21 @@ class Agent:
         self._learn_s += time.perf_counter() - collected - (counters.exchange_s - exchanged_s)
         self._update += 1
         self._agent_steps += rollout.rewards.numel()
-        now_s = time.time() - self._info.t0
+        now_s = time.time() - self._t0
         for episode in rollout.episodes:
             row = (now_s, self._update, self._agent_steps, episode.env_index, episode.episode_return, episode.length)
             self._recorder.append("episodes", row)
         self._board.note_episodes(rollout.episodes, now_s)
         # Nothing in here waits longer than this by its own rules; the watchdog is for a library that does.
         with self._watchdog.limit(4 * self._timeout_s, "the exchange: the MPI library has not returned"):
-            if exchange.step(self._agent_steps):
-                self._learner.forget()
+            try:
+                if exchange.step(self._agent_steps):
+                    self._learner.forget()
+            except DivergedError:
+                self._record(time.time() - self._t0, losses)
+                raise
             self._board.report(self._agent_steps, self._update, counters.staleness)
-        now_s = time.time() - self._info.t0
+        now_s = time.time() - self._t0
         if measure:
             self._record(now_s, losses)
         self._record_sketch(now_s)
@@ -298,9 +332,9 @@ def make_policy(config: TrainConfig, simulators: Simulators, generator: torch.Ge
     return MLPPolicy(inputs, config.learner.hidden, simulators.actions, generator)
 
 
-def look_ahead(comm: Intracomm, nbytes: int) -> None:
+def look_ahead(comm: Intracomm, nbytes: int, folder: Path) -> None:
     """Refuse what would ruin the run, and warn of what may. Collective."""
-    for finding in ruinous(comm, nbytes, None, library_version()):
+    for finding in ruinous(comm, nbytes, folder, library_version()):
         # More ranks than cores are slow, but may be meant.
         if finding.status == FAIL and not finding.check.startswith("cores."):
             raise UsageError(f"{finding.message}; what helps: {finding.fix} (gala-mpi doctor tells more)")
@@ -317,6 +351,12 @@ def learning_rate(config: TrainConfig, size: int) -> float:
 
 def _generator(seed: int, device: torch.device | None = None) -> torch.Generator:
     return torch.Generator(device or "cpu").manual_seed(seed)
+
+
+def _threads_asked_for() -> int:
+    """The first number of OMP_NUM_THREADS, or 0 if it is not set, or to something else."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
 
 
 def _place(comm: Intracomm, device: str) -> tuple[int, torch.device]:

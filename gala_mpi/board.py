@@ -24,9 +24,9 @@ import numpy as np
 
 from gala_mpi.courier import Courier
 from gala_mpi.environments import Episode
+from gala_mpi.mailbox import lay_out
 from gala_mpi.mailboxes import Mailboxes
 from gala_mpi.topology import make_topology
-from gala_mpi.waiting import wait_until
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -63,12 +63,13 @@ class Overview:
 class Board:
     """This rank's copy. Making and freeing it are collective; all else is local.
 
-    A rank is lost when its row has not changed for `timeout_s` seconds, and back when it does.
+    A rank is lost when its row has not changed for `timeout_s` seconds, and back when it does. One that is done may
+    fall silent, but not before it meets the others.
     """
 
     def __init__(self, comm: Intracomm, courier: Courier, timeout_s: float) -> None:
         self._rank, self._timeout_s = comm.rank, timeout_s
-        self._copy = np.zeros(1, [("rows", ROW, (comm.size,)), ("recent", RECENT, (RECENT_EPISODES,))])
+        self._copy = np.zeros(1, _copy_type(comm.size))
         self._rows, self._recent = self._copy["rows"][0], self._copy["recent"][0]
         self._mine = self._rows[comm.rank : comm.rank + 1]
         self._mailboxes = Mailboxes(comm, courier, _both_ways(comm.size), self._copy.nbytes)
@@ -76,6 +77,7 @@ class Board:
         self._lost = np.zeros(comm.size, bool)
         self._told_at_s = 0.0
         self._looked_at_s = math.inf
+        self._meeting = False
 
     @property
     def total_steps(self) -> int:
@@ -115,8 +117,12 @@ class Board:
             self._keep_recent(np.array(rows, RECENT))
 
     def report(self, agent_steps: int, update: int, staleness: int) -> None:
-        """Write this rank's row, read what others have sent, and from time to time send on what is known."""
+        """Write this rank's row, then come by."""
         self._mine["agent_steps"], self._mine["update"], self._mine["staleness"] = agent_steps, update, staleness
+        self.come_by()
+
+    def come_by(self) -> None:
+        """Read what others have sent, and from time to time send on what is known. To be called while waiting too."""
         self._read()
         if time.monotonic() - self._told_at_s >= TELL_EVERY_S:
             self.tell()
@@ -136,25 +142,22 @@ class Board:
             episodes=int(self._rows["episodes"].sum()),
             mean_return=float(known["episode_return"].mean()) if len(known) else math.nan,
             averaged=len(known),
-            staleness=int(self._rows["staleness"].max()),
+            staleness=int(self._rows["staleness"][~self._lost].max(initial=0)),
         )
 
     def finish(self, *, diverged: bool = False) -> None:
-        """Say that this rank is done, and wait until every other is, or is lost.
-
-        Waits as long as ranks that still work are heard: each of them ends, or falls silent and is lost.
-        """
+        """Say that this rank is done."""
         self._mine["flags"] |= FINISHED | (DIVERGED if diverged else 0)
-
-        def all_ended() -> bool:
-            self._read()
-            if time.monotonic() - self._told_at_s >= TELL_EVERY_S:
-                self.tell()
-            return bool(((self._rows["flags"] & FINISHED > 0) | self._lost).all())
-
         self.tell()
-        while not wait_until(all_ended, self._timeout_s):
-            pass
+
+    @property
+    def all_done(self) -> bool:
+        """Whether every rank is done, or lost. Ends: whoever is not heard is lost."""
+        return bool(((self._rows["flags"] & FINISHED > 0) | self._lost).all())
+
+    def meet(self) -> None:
+        """From now on ranks that are done must be heard too: they come by until all have met."""
+        self._meeting = True
         # Whoever waits for a rank that leaves now learns from this copy all that it waits for.
         self.tell()
 
@@ -192,7 +195,7 @@ class Board:
         self._looked_at_s = now
         self._heard_at_s[np.isinf(self._heard_at_s)] = now
         silent = now - self._heard_at_s > self._timeout_s
-        lost = silent & (self._rows["flags"] & FINISHED == 0)
+        lost = silent & ((self._rows["flags"] & FINISHED == 0) | self._meeting)
         for rank in np.flatnonzero(lost & ~self._lost):
             log.warning("rank %d has not been heard of for %g s: the run goes on without it", rank, self._timeout_s)
         for rank in np.flatnonzero(self._lost & ~lost):
@@ -200,8 +203,18 @@ class Board:
         self._lost = lost
 
     def free(self) -> None:
-        """Free the windows. Collective, after `finish`."""
+        """Free the windows. Collective, once all have met."""
         self._mailboxes.free()
+
+
+def board_bytes(size: int) -> int:
+    """Size of the window that a rank's board needs, in bytes; the same for all ranks but the last few, at most."""
+    nbytes = _copy_type(size).itemsize
+    return max(lay_out([nbytes] * len(sources))[1] for sources in _both_ways(size))
+
+
+def _copy_type(size: int) -> np.dtype[np.void]:
+    return np.dtype([("rows", ROW, (size,)), ("recent", RECENT, (RECENT_EPISODES,))])
 
 
 def _both_ways(size: int) -> list[list[int]]:

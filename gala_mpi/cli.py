@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 EXIT_ERROR, EXIT_CONFIG, EXIT_LOST, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 4, 75
 GRACE_S = 1.0
 CONFIG_FILE = "config.toml"
+OTHERS = """
+Other commands, each with a --help of its own:
+  gala-mpi topology   degrees, mixing weights and spectral gap of a topology, and a drawing
+  gala-mpi doctor     examine MPI, the nodes and the file system (under mpirun or srun)
+  gala-mpi bench      measure the cost of an exchange (under mpirun or srun)
+"""
 TRAIN_HELP = "Train a policy: mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/pong"
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
@@ -49,7 +55,9 @@ def main() -> NoReturn:
     # The default command may be left out; others stand first.
     command, rest = (args[0], args[1:]) if args and args[0] in COMMANDS else ("train", args)
     if "--help" in rest or "-h" in rest:
-        sys.exit(_print_once(HELP[command](rest)))
+        sys.exit(_print_once(HELP[command](rest) + (OTHERS if command == "train" else "")))
+    if command == "train" and rest and not rest[0].startswith("-"):
+        sys.exit(_refuse_once(UsageError(f"{rest[0]!r} is no command; allowed: {', '.join(COMMANDS)}")))
     sys.exit(COMMANDS[command](rest))
 
 
@@ -65,7 +73,7 @@ def topology(args: list[str]) -> int:
     try:
         return _print_once(topology_report.report(args))
     except UsageError as error:
-        return refuse(error) if _speaks_for_launcher() else EXIT_CONFIG
+        return _refuse_once(error)
 
 
 def doctor(args: list[str]) -> int:
@@ -137,12 +145,17 @@ def _train(args: list[str], comm: MPI.Intracomm) -> int:
     from gala_mpi.agent import Agent, StopRequest
 
     stop = StopRequest()
-    agent = Agent(config, comm)
     info = create_run(config, comm)
+    try:
+        agent = Agent(config, comm, info)
+    except UsageError:
+        if comm.rank == 0:
+            discard_run(info)
+        raise
     if comm.rank == 0:
         print(_banner(config, comm, info), flush=True)
     with _signals(stop):
-        summary = agent.train(info, stop)
+        summary = agent.train(stop)
     if comm.rank == summary.speaker:
         print(_farewell(summary, info), flush=True)
     code = _exit_code(summary)
@@ -239,6 +252,11 @@ def _speaks_for_launcher() -> bool:
     return not ranks or ranks[0] == "0"
 
 
+def _refuse_once(error: UsageError) -> int:
+    """Say what cannot be done, on one rank, without starting MPI."""
+    return refuse(error) if _speaks_for_launcher() else EXIT_CONFIG
+
+
 def _print_once(text: str) -> int:
     """Print on one rank, without starting MPI: help works on a login node too."""
     if _speaks_for_launcher():
@@ -254,11 +272,18 @@ def create_run(config: TrainConfig, comm: MPI.Intracomm) -> RunInfo:
     folder = on_all_ranks(comm, lambda: _make_folder(config) if comm.rank == 0 else None)
     info = None
     if folder is not None:
-        now = time.time()
-        started = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
-        info = RunInfo(folder, uuid.uuid4().hex, now, started, library_version())
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        info = RunInfo(folder, uuid.uuid4().hex, started, library_version())
     shared: RunInfo = comm.bcast(info)
     return shared
+
+
+def discard_run(info: RunInfo) -> None:
+    """Take away what `create_run` made, and the files without a row; what is not of this run stays. Local."""
+    for path in (info.folder / CONFIG_FILE, *info.folder.glob("rank-*.h5")):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        info.folder.rmdir()
 
 
 def _make_folder(config: TrainConfig) -> Path:

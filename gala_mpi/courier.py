@@ -231,7 +231,9 @@ class Courier:
         """End the thread. Collective."""
         if self._thread is not None:
             self._ending.set()
-            self._thread.join()
+            self._thread.join(SETTLE_S)
+            if self._thread.is_alive():
+                raise TimeoutError(f"the communication thread has not ended: no answer of MPI for {SETTLE_S:g} s")
             for outbox in self._outboxes:
                 outbox.settle(SETTLE_S)
         self._never.Cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ from mpi4py import MPI
 from gala_mpi import _native
 from gala_mpi.config import ExchangeConfig
 from gala_mpi.courier import Courier
-from gala_mpi.gossip import ExchangeCounters, Gossip, InNeighbour, share_parameters
+from gala_mpi.gossip import DivergedError, ExchangeCounters, Gossip, InNeighbour, share_parameters
 from gala_mpi.mailbox import lay_out
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.topology import make_topology
@@ -54,13 +55,18 @@ class NoExchange:
         self.counters = ExchangeCounters()
         self.in_neighbours: list[InNeighbour] = []
         self.ways: dict[int, str] = {}
+        self._flat, self._update = flat, 0
         share_parameters(flat, comm)
 
     def average_gradient(self, grad: torch.Tensor) -> None:
         """Gradients stay as they are."""
 
     def step(self, agent_steps: int) -> bool:
-        """Parameters stay as they are."""
+        """Parameters stay as they are. Raises DivergedError if they are not finite: no neighbour could help."""
+        self._update += 1
+        if not _native.all_finite(self._flat.host()):
+            self.counters.divergences += 1
+            raise DivergedError(f"the parameters are not finite after update {self._update}")
         return False
 
     def agree(self, stop: bool) -> bool:
@@ -86,7 +92,6 @@ class AllReduce(NoExchange):
     def __init__(self, flat: FlatParameters, comm: MPI.Intracomm, timeout_s: float) -> None:
         super().__init__(flat, comm)
         self._comm, self._timeout_s = comm, timeout_s
-        self._flat = flat
         self._watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
         on_cpu = flat.data.device.type == "cpu"
         self._host = flat.grad_and_flag if on_cpu else torch.empty(flat.size + 1, pin_memory=True)
@@ -112,7 +117,13 @@ class AllReduce(NoExchange):
         return self._all_stop
 
 
-def make_exchange(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intracomm, courier: Courier) -> Exchange:
+def make_exchange(
+    config: ExchangeConfig,
+    flat: FlatParameters,
+    comm: MPI.Intracomm,
+    courier: Courier,
+    while_waiting: Callable[[], None],
+) -> Exchange:
     """The exchange that the configuration asks for. Collective."""
     if config.exchange == "allreduce":
         return AllReduce(flat, comm, config.neighbour_timeout_s)
@@ -127,6 +138,7 @@ def make_exchange(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intrac
         neighbour_timeout_s=config.neighbour_timeout_s,
         delivery=courier,
         on_divergence=config.on_divergence,
+        while_waiting=while_waiting,
     )
 
 

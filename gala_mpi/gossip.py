@@ -20,7 +20,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -121,7 +121,8 @@ class Gossip:
     Topology over comm.size ranks. wire: type of the parameters under way. max_staleness: updates without a mix
     after which a step waits for messages; None never waits. neighbour_timeout_s: silence after which an in-neighbour
     is left out until it is heard again. delivery: auto, inline or background, or a Courier to share. on_divergence:
-    whether a rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError.
+    whether a rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError. while_waiting:
+    called again and again while a step waits for messages; it must not wait itself.
 
     Raises DisagreementError (a ValueError), on all ranks, if one of them was given a model or an option that cannot
     be used, or another one than rank 0.
@@ -140,6 +141,7 @@ class Gossip:
         neighbour_timeout_s: float = 60.0,
         delivery: str | Courier = "auto",
         on_divergence: Literal["adopt", "stop"] = "adopt",
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         options: dict[str, object] = {
             "wire": wire,
@@ -155,6 +157,8 @@ class Gossip:
         self._comm, self._wire = comm, WIRES.index(wire)
         self._max_staleness, self._timeout_s = max_staleness, neighbour_timeout_s
         self._adopts = on_divergence == "adopt"
+        self._while_waiting = while_waiting
+        self._warned_of_range = False
         self._update = self._agent_steps = 0
         self.counters = ExchangeCounters()
         share_parameters(self._flat, comm)
@@ -203,10 +207,8 @@ class Gossip:
             self._post(state, self.topology.targets(self._comm.rank, self._update))
             ready, missing = self._look()
             if missing and not ready and self._too_stale():
-                begin = time.perf_counter()
                 # Ends: a neighbour that stays silent becomes lost, and a lost one is not missing.
-                wait_until(self._ready_or_alone, 2 * self._timeout_s)
-                self.counters.wait_s += time.perf_counter() - begin
+                self._wait_until(self._ready_or_alone)
                 ready, _ = self._look()
             if ready:
                 self._mix(state)
@@ -219,7 +221,7 @@ class Gossip:
         return stop
 
     def finish(self) -> None:
-        """Tell the out-neighbours that no message will follow this last one, empty if the parameters are not finite."""
+        """Tell the out-neighbours that no message will follow this one, which is empty if its values are not finite."""
         state = self._flat.host()
         self._post(state if _native.all_finite(state) else state[:0], self._deliveries, last=True)
 
@@ -241,7 +243,8 @@ class Gossip:
         if self._closed:
             return
         self.finish()
-        if not (self._courier.drain(timeout_s) and meet(self._comm, timeout_s)):
+        end = time.monotonic() + timeout_s
+        if not (self._courier.drain(timeout_s) and meet(self._comm, max(end - time.monotonic(), 0.0))):
             raise TimeoutError(f"some rank has not come to the end of the exchange within {timeout_s:g} s")
         self.free()
 
@@ -261,6 +264,11 @@ class Gossip:
         if self._staging is not None and len(payload):
             _native.pack([payload], self._staging, WIRES[self._wire])
             payload = self._staging
+            if not _native.all_finite(payload, WIRES[self._wire]):
+                self._warn_of_range()
+                if not last:
+                    return
+                payload = payload[:0]
         for target in targets:
             self._deliveries[target].post(
                 payload,
@@ -271,6 +279,25 @@ class Gossip:
                 last=last,
             )
             self.counters.messages_sent += 1
+
+    def _warn_of_range(self) -> None:
+        if not self._warned_of_range:
+            self._warned_of_range = True
+            log.warning(
+                "parameters beyond the range of %s: they are not sent as long as that lasts; use wire bfloat16 or "
+                "float32",
+                WIRES[self._wire],
+            )
+
+    def _wait_until(self, done: Callable[[], bool]) -> None:
+        begin = time.perf_counter()
+
+        def look() -> bool:
+            self._while_waiting()
+            return done()
+
+        wait_until(look, 2 * self._timeout_s)
+        self.counters.wait_s += time.perf_counter() - begin
 
     def _look(self) -> tuple[bool, int]:
         """Whether there is what a mix needs, and how many in-neighbours are expected to send but have not."""
@@ -365,9 +392,7 @@ class Gossip:
         what = f"the parameters are not finite after update {self._update}"
         if not self._adopts:
             raise DivergedError(f"{what} (on_divergence is stop)")
-        begin = time.perf_counter()
-        wait_until(lambda: self._adopt(state) or self._look() == (False, 0), 2 * self._timeout_s)
-        self.counters.wait_s += time.perf_counter() - begin
+        self._wait_until(lambda: self._adopt(state) or self._look() == (False, 0))
         if not _native.all_finite(state):
             raise DivergedError(f"{what}, and no neighbour has sent any to go on with")
         log.warning("%s: went on with those of a neighbour (%d times so far)", what, self.counters.divergences)

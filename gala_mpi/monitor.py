@@ -12,22 +12,26 @@ from rich.live import Live
 from rich.text import Text
 
 from gala_mpi.board import Overview
+from gala_mpi.config import RunConfig
 
 LIVE_EVERY_S = 0.5
 SPEED_OVER_S = 30.0
 
 
 class Monitor:
-    """Shows an Overview from time to time. `begin_s` and the like are seconds of the monotonic clock."""
+    """Shows an Overview every `every_s` seconds. The run began at `begin_s`, and has taken `agent_steps` until now.
 
-    def __init__(self, total_steps: int, every_s: float, time_limit_s: float | None) -> None:
+    `begin_s` and the like are seconds of the monotonic clock.
+    """
+
+    def __init__(self, run: RunConfig, every_s: float, begin_s: float, agent_steps: int) -> None:
         self._console = Console(file=sys.stdout, highlight=False)
         self._live = Live(console=self._console, auto_refresh=False) if _on_a_screen() else None
         self._every_s = LIVE_EVERY_S if self._live else every_s
-        self._total_steps, self._time_limit_s = total_steps, time_limit_s
-        self._begin_s = time.monotonic()
-        self._next_s = self._begin_s + self._every_s
-        self._history = [(self._begin_s, 0)]
+        self._total_steps, self._time_limit_s = run.total_steps, run.time_limit_s
+        self._begin_s, now = begin_s, time.monotonic()
+        self._next_s = now + self._every_s
+        self._history = [(now, agent_steps)]
         if self._live:
             self._live.start()
 

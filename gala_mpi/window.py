@@ -68,7 +68,7 @@ class Window:
         # Pages may start at another place on every rank: an origin counts from the target's own shift.
         self._shifts: list[int] = comm.allgather(shift)
         self._memory: Bytes | None = whole[shift : shift + nbytes]
-        # Scratch of the blocking atomics, which the rank's main thread alone calls.
+        # Scratch of the blocking atomics, which the learner's thread alone calls.
         self._word = np.zeros(1, np.int64)
         self._result = np.zeros(1, np.int64)
         self.rank = comm.rank

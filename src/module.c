@@ -470,7 +470,7 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gala_mpi._native",
-    .m_doc = "Kernels over flat parameters: pack, mix, all_finite, average and sketch.",
+    .m_doc = "Kernels over flat parameters: pack, mix, all_finite, average, checksum and sketch.",
     .m_methods = methods,
     .m_slots = slots,
 };

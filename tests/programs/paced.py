@@ -1,7 +1,8 @@
 """gala-mpi train at a set pace: mpirun -n 3 python tests/programs/paced.py 0.02 --preset cartpole
 
 The first argument is the pause after each update, in seconds, so that runs last as long on any machine. With
-NAN_AT=RANK:UPDATE in the environment the parameters of that rank turn NaN at that update, by its learner's hand.
+NAN_AT=RANK:UPDATE in the environment the parameters of that rank (or of all) turn NaN at that update, by its
+learner's hand.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ rank, _, when = os.environ.get("NAN_AT", "-1:0").partition(":")
 calls = []
 
 
-def paced(self, info, stop):
-    return train(self, info, stop, on_update=lambda _: time.sleep(pause_s))
+def paced(self, stop):
+    return train(self, stop, on_update=lambda _: time.sleep(pause_s))
 
 
 def breaking(self, *args, **kwargs):
     losses = update(self, *args, **kwargs)
     calls.append(1)
-    if MPI.COMM_WORLD.rank == int(rank) and len(calls) == int(when):
+    if rank in ("all", str(MPI.COMM_WORLD.rank)) and len(calls) == int(when):
         self._flat.data[3] = math.nan
     return losses
 
