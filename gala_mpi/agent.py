@@ -59,6 +59,8 @@ class RunInfo:
     """What all ranks share about a run: made by rank 0, the same everywhere."""
 
     folder: Path
+    made: list[Path]
+    """The folder and those above it, as far as they are this run's making; deepest first."""
     run_id: str
     started: str
     mpi_library: str

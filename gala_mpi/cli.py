@@ -269,11 +269,11 @@ def create_run(config: TrainConfig, comm: MPI.Intracomm) -> RunInfo:
     from gala_mpi.agent import RunInfo
     from gala_mpi.window import library_version
 
-    folder = on_all_ranks(comm, lambda: _make_folder(config) if comm.rank == 0 else None)
+    made = on_all_ranks(comm, lambda: _make_folder(config) if comm.rank == 0 else None)
     info = None
-    if folder is not None:
+    if made is not None:
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        info = RunInfo(folder, uuid.uuid4().hex, started, library_version())
+        info = RunInfo(*made, uuid.uuid4().hex, started, library_version())
     shared: RunInfo = comm.bcast(info)
     return shared
 
@@ -283,20 +283,26 @@ def discard_run(info: RunInfo) -> None:
     for path in (info.folder / CONFIG_FILE, *info.folder.glob("rank-*.h5")):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        info.folder.rmdir()
+        for folder in info.made:
+            folder.rmdir()
 
 
-def _make_folder(config: TrainConfig) -> Path:
+def _make_folder(config: TrainConfig) -> tuple[Path, list[Path]]:
+    """The run's folder, and which folders had to be made for it, deepest first."""
     out = config.record.out
     if out is None:
         task = re.sub(r"[^A-Za-z0-9]+", "-", config.environment.env).strip("-").lower()
         out = Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    out = out.absolute()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / CONFIG_FILE).write_text(as_toml(config), "utf-8")
     except OSError as error:
-        raise ConfigError("out", str(out), f"a folder that can be written ({error.strerror})") from error
-    return out.resolve()
+        raise ConfigError(
+            "out", str(config.record.out or out), f"a folder that can be written ({error.strerror})"
+        ) from error
+    return out.resolve(), made
 
 
 def as_toml(config: TrainConfig) -> str:
