@@ -129,7 +129,7 @@ class ExchangeConfig:
     wire: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the parameters on the way to a neighbour."""
     delivery: Literal["auto", "inline", "background"] = "auto"
-    """How messages are sent. inline: by the learner itself, at the speed of memory on one node; background: by a
+    """How messages are sent. inline: by the learner itself, on one node by stores into shared memory; background: by a
     communication thread; auto: inline to neighbours on the same node, background to others."""
     on_divergence: Literal["adopt", "stop"] = "adopt"
     """What a rank does whose parameters are not finite any more (it never sends them). adopt: go on with a

@@ -6,7 +6,7 @@ engine it is. It never blocks on another rank. Every operation is request-based 
 is slow, stopped or dead delays its own mailbox alone, and costs no processor time.
 
     who                   writes                                     reads
-    learner (post)        the spare snapshot, then the waiting one   -
+    learner (publish)     the spare snapshot, then the waiting one   -
     courier (carry)       the slot `back`, the control word          the snapshot in flight
 
 A snapshot changes hands under one lock, held for a few assignments. One that waits is replaced by a newer one.
@@ -33,14 +33,14 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from gala_mpi.mailbox import HEADER, Delivery, Outbox, Place, publication, seal
+from gala_mpi.mailbox import HEADER, About, Delivery, Outbox, Place, fill, publication, seal
 from gala_mpi.waiting import wait_until
-from gala_mpi.window import MpiError, Window, may_call_from_threads, node_leaders
+from gala_mpi.window import Bytes, MpiError, Window, may_call_from_threads, node_leaders
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
@@ -64,7 +64,7 @@ class Snapshot:
 class BackgroundOutbox:
     """The sending end of a mailbox whose messages the courier carries; see `mailbox.Outbox`.
 
-    `post` is for the learner's thread, and `carry` for the courier's.
+    `slot`, `publish` and `post` are for the learner's thread, `carry` for the courier's.
     """
 
     def __init__(self, window: Window, target: int, place: Place) -> None:
@@ -80,24 +80,17 @@ class BackgroundOutbox:
         self._word, self._before, self._answer = (np.zeros(1, np.int64) for _ in range(3))
         self._failed = False
 
-    def post(
-        self,
-        payload: npt.NDArray[Any],
-        *,
-        update: int,
-        time_s: float,
-        agent_steps: int,
-        wire: int = 0,
-        last: bool = False,
-    ) -> None:
-        """Leave a copy of `payload` for the courier, in place of one that it has not fetched yet."""
-        if payload.nbytes > self._place.capacity:
-            raise ValueError(f"payload of {payload.nbytes} bytes exceeds the capacity of {self._place.capacity}")
+    def slot(self, nbytes: int) -> Bytes | None:
+        """See `Delivery.slot`."""
+        self._place.check(nbytes)
+        return self._spare.memory[HEADER.itemsize : HEADER.itemsize + nbytes]
+
+    def publish(self, nbytes: int, **about: Unpack[About]) -> None:
+        """Leave what is in the slot for the courier, in place of a message that it has not fetched yet."""
         self._number += 1
         spare = self._spare
-        spare.header[0] = (update, time_s, agent_steps, self._window.rank, wire, payload.nbytes, last, self._number, 0)
-        spare.nbytes = HEADER.itemsize + payload.nbytes
-        spare.memory[HEADER.itemsize : spare.nbytes] = payload.reshape(-1).view(np.uint8)
+        fill(spare.header, self._window.rank, self._number, nbytes, about)
+        spare.nbytes = HEADER.itemsize + nbytes
         seal(spare.header, spare.memory[HEADER.itemsize : spare.nbytes])
         with self._lock:
             if self._waiting is not None:
@@ -105,6 +98,13 @@ class BackgroundOutbox:
             self._waiting = spare
             # Of three snapshots one waits now and one may be in flight.
             self._spare = self._free.pop()
+
+    def post(self, payload: npt.NDArray[Any], **about: Unpack[About]) -> None:
+        """See `Delivery.post`."""
+        slot = self.slot(payload.nbytes)
+        assert slot is not None
+        slot[:] = payload.reshape(-1).view(np.uint8)
+        self.publish(payload.nbytes, **about)
 
     @property
     def pending(self) -> bool:
@@ -199,6 +199,14 @@ class Courier:
         if self._delivery != "auto":
             return self._delivery
         return "inline" if self._leaders[source] == self._leaders[target] else "background"
+
+    def near(self, source: int, target: int) -> bool:
+        """Whether messages from one rank go to another through memory that both share."""
+        return self.way(source, target) == "inline" and self._leaders[source] == self._leaders[target]
+
+    def node_rank(self, rank: int) -> int:
+        """The number of a rank in the communicator of its node."""
+        return sum(leader == self._leaders[rank] for leader in self._leaders[:rank])
 
     def way_to(self, target: int) -> str:
         """How messages from this rank go to another: inline or background."""

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from torch import nn
 from gala_mpi import _native
 from gala_mpi.collective import alike_on_all_ranks
 from gala_mpi.courier import Courier
-from gala_mpi.mailbox import Inbox, Message
+from gala_mpi.mailbox import About, Inbox, Message
 from gala_mpi.mailboxes import Mailboxes
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.topology import HIERARCHICAL, Topology, make_topology
@@ -67,6 +67,7 @@ class InNeighbour:
     heard_at_s: float | None = None
     update: int = 0
     number: int = 0
+    dropped: int = 0
     staleness: int = 0
     message_age_s: float = math.nan
     distance: float = math.nan
@@ -75,11 +76,21 @@ class InNeighbour:
     held: Message | None = None
 
     def take(self) -> Message | None:
-        """The newest message, if there is one; what is held is given up for it."""
+        """The newest message, if there is one; it is held, and what was held is given up for it."""
         if not self.inbox.fresh():
             return None
+        # Its slot may go to the sender now, though nothing has wholly arrived yet.
         self.held = None
-        return self.inbox.take()
+        message = self.inbox.take()
+        if message is not None:
+            self.dropped += max(message.number - self.number - 1, 0)
+            self.number, self.update, self.finished = message.number, message.update, message.last
+            if len(message.payload):
+                self.held = message
+        return message
+
+
+Taken: TypeAlias = tuple[InNeighbour, Message]
 
 
 @dataclass
@@ -176,12 +187,12 @@ class Gossip:
             InNeighbour(rank, weight, inbox)
             for (rank, inbox), weight in zip(self._mailboxes.inboxes.items(), weights, strict=True)
         ]
-        self._deliveries = self._mailboxes.outboxes
+        self.outboxes = self._mailboxes.outboxes
 
     @property
     def ways(self) -> dict[int, str]:
         """How messages go to each out-neighbour: inline or background."""
-        return {target: self._courier.way_to(target) for target in self._deliveries}
+        return {target: self._courier.way_to(target) for target in self.outboxes}
 
     def average_gradient(self, grad: object) -> None:
         """Gossip leaves gradients alone."""
@@ -201,19 +212,17 @@ class Gossip:
         with self.counters.timed():
             self._courier.check()
             state = self._flat.host()
-            if not _native.all_finite(state):
+            ready, missing = self._look()
+            taken = self._take() if ready else []
+            if not self._post_and_mix(state, taken):
                 self._recover(state)
                 return True
-            self._post(state, self.topology.targets(self._comm.rank, self._update))
-            ready, missing = self._look()
             if missing and not ready and self._too_stale():
                 # Ends: a neighbour that stays silent becomes lost, and a lost one is not missing.
                 self._wait_until(self._ready_or_alone)
-                ready, _ = self._look()
-            if ready:
-                self._mix(state)
-            else:
-                self._pass_over()
+                taken = self._take() if self._look()[0] else []
+                self._mix(state, taken)
+            self._settle(taken)
         return False
 
     def agree(self, stop: bool) -> bool:
@@ -223,7 +232,7 @@ class Gossip:
     def finish(self) -> None:
         """Tell the out-neighbours that no message will follow this one, which is empty if its values are not finite."""
         state = self._flat.host()
-        self._post(state if _native.all_finite(state) else state[:0], self._deliveries, last=True)
+        self._post(state if _native.all_finite(state) else state[:0], self.outboxes, last=True)
 
     def free(self) -> None:
         """Free the windows, and the courier if it is this object's own. Collective."""
@@ -258,8 +267,40 @@ class Gossip:
         if error is None:
             self.close()
 
+    def _post_and_mix(self, state: npt.NDArray[np.float32], taken: list[Taken]) -> bool:
+        """Send the parameters and average them with what was taken; False if they are not finite: nothing is sent.
+
+        In one pass over the parameters, where they are sent as they are and by stores.
+        """
+        targets = self.topology.targets(self._comm.rank, self._update)
+        slots = [self.outboxes[target].slot(state.nbytes) for target in targets] if self._staging is None else []
+        stored = [slot for slot in slots if slot is not None]
+        if not stored or len(stored) < len(slots):
+            if not _native.all_finite(state):
+                return False
+            self._post(state, targets)
+            self._mix(state, taken)
+            return True
+        payloads, weights = [message.payload for _, message in taken], self._weights(taken)
+        finite, squared, accepted = _native.exchange(state, stored, 1 - sum(weights), payloads, weights)
+        if finite:
+            for target in targets:
+                self.outboxes[target].publish(state.nbytes, **self._about())
+            self.counters.messages_sent += len(targets)
+            self._account(taken, squared, accepted)
+        return finite
+
+    def _about(self, *, last: bool = False) -> About:
+        return {
+            "update": self._update,
+            "time_s": time.time(),
+            "agent_steps": self._agent_steps,
+            "wire": self._wire,
+            "last": last,
+        }
+
     def _post(self, payload: npt.NDArray[Any], targets: Iterable[int], *, last: bool = False) -> None:
-        if not self._deliveries:
+        if not self.outboxes:
             return
         if self._staging is not None and len(payload):
             _native.pack([payload], self._staging, WIRES[self._wire])
@@ -270,14 +311,7 @@ class Gossip:
                     return
                 payload = payload[:0]
         for target in targets:
-            self._deliveries[target].post(
-                payload,
-                update=self._update,
-                time_s=time.time(),
-                agent_steps=self._agent_steps,
-                wire=self._wire,
-                last=last,
-            )
+            self.outboxes[target].post(payload, **self._about(last=last))
             self.counters.messages_sent += 1
 
     def _warn_of_range(self) -> None:
@@ -335,48 +369,51 @@ class Gossip:
             return False
         return self._max_staleness is not None and self.counters.staleness >= self._max_staleness
 
-    def _pass_over(self) -> None:
-        if self.in_neighbours:
-            self.counters.staleness += 1
+    def _take(self) -> list[Taken]:
+        """The newest message of each in-neighbour that has sent one with parameters, and whether it was the last."""
+        taken = []
         for neighbour in self.in_neighbours:
-            neighbour.staleness += 1
+            message = neighbour.take()
+            if message is not None and len(message.payload):
+                taken.append((neighbour, message))
+        self.counters.messages_dropped = sum(neighbour.dropped for neighbour in self.in_neighbours)
+        return taken
 
-    def _mix(self, state: npt.NDArray[np.float32]) -> None:
-        taken = [(neighbour, message) for neighbour in self.in_neighbours if (message := neighbour.take())]
-        for neighbour, message in taken:
-            neighbour.finished = message.last
-        taken = [(neighbour, message) for neighbour, message in taken if len(message.payload)]
+    def _weights(self, taken: list[Taken]) -> list[float]:
+        """Of messages; what is left out stays with this rank's own parameters."""
         if self.topology.rotating:
-            weights = [1 / (1 + len(taken))] * len(taken)
-        else:
-            weights = [neighbour.weight for neighbour, _ in taken]
-        # The weight of a neighbour that is left out stays with this rank's own parameters.
-        squared, accepted = _native.mix(
-            state, 1 - sum(weights), [message.payload for _, message in taken], weights, WIRES[self._wire]
-        )
-        self._flat.store_host()
-        for neighbour in self.in_neighbours:
-            neighbour.staleness += 1
-        for (neighbour, message), distance, mixed in zip(taken, squared, accepted, strict=True):
-            self._account(neighbour, message, math.sqrt(distance), mixed)
-        mixed_now = [neighbour for (neighbour, _), mixed in zip(taken, accepted, strict=True) if mixed]
-        counters = self.counters
-        counters.staleness = 0 if mixed_now else counters.staleness + 1
-        if mixed_now:
-            counters.message_age_s = max(neighbour.message_age_s for neighbour in mixed_now)
-            counters.neighbour_distance = sum(n.distance for n in mixed_now) / len(mixed_now)
+            return [1 / (1 + len(taken))] * len(taken)
+        return [neighbour.weight for neighbour, _ in taken]
 
-    def _account(self, neighbour: InNeighbour, message: Message, distance: float, mixed: bool) -> None:
-        self.counters.messages_dropped += max(message.number - neighbour.number - 1, 0)
-        neighbour.number = message.number
-        neighbour.update = message.update
-        neighbour.finished = message.last
-        neighbour.held = message if mixed else None
+    def _mix(self, state: npt.NDArray[np.float32], taken: list[Taken]) -> None:
+        payloads, weights = [message.payload for _, message in taken], self._weights(taken)
+        self._account(taken, *_native.mix(state, 1 - sum(weights), payloads, weights, WIRES[self._wire]))
+
+    def _account(self, taken: list[Taken], squared: list[float], accepted: list[bool]) -> None:
+        """Note what became of messages in a mix."""
+        if any(accepted):
+            self._flat.store_host()
+        for (neighbour, message), distance, mixed in zip(taken, squared, accepted, strict=True):
+            if mixed:
+                self.counters.messages_mixed += 1
+                neighbour.distance, neighbour.message_age_s = math.sqrt(distance), time.time() - message.time_s
+            else:
+                self._reject(neighbour, message)
+
+    def _settle(self, taken: list[Taken]) -> None:
+        """Count on the staleness after an update in which `taken` was mixed, but for what was rejected."""
+        mixed = [neighbour for neighbour, _ in taken if neighbour.held]
+        for neighbour in self.in_neighbours:
+            neighbour.staleness = 0 if neighbour in mixed else neighbour.staleness + 1
+        counters = self.counters
+        if self.in_neighbours:
+            counters.staleness = 0 if mixed else counters.staleness + 1
         if mixed:
-            self.counters.messages_mixed += 1
-            neighbour.staleness, neighbour.distance = 0, distance
-            neighbour.message_age_s = time.time() - message.time_s
-            return
+            counters.message_age_s = max(neighbour.message_age_s for neighbour in mixed)
+            counters.neighbour_distance = sum(neighbour.distance for neighbour in mixed) / len(mixed)
+
+    def _reject(self, neighbour: InNeighbour, message: Message) -> None:
+        neighbour.held = None
         self.counters.messages_rejected += 1
         if self.counters.messages_rejected & (self.counters.messages_rejected - 1) == 0:
             log.warning(
@@ -398,27 +435,18 @@ class Gossip:
         log.warning("%s: went on with those of a neighbour (%d times so far)", what, self.counters.divergences)
 
     def _adopt(self, state: npt.NDArray[np.float32]) -> bool:
-        """Take over the first message that is there and finite, or else the newest of those mixed last."""
-        for neighbour in self.in_neighbours:
-            message = neighbour.take()
-            if message is not None and not len(message.payload):
-                neighbour.finished = True
-            elif message is not None:
-                state.fill(0)
-                _, (accepted,) = _native.mix(state, 0.0, [message.payload], [1.0], WIRES[self._wire])
-                self._account(neighbour, message, math.nan, accepted)
-                if accepted:
-                    self._flat.store_host()
-                    return True
-                state.fill(math.nan)
-        held = [neighbour.held for neighbour in self.in_neighbours if neighbour.held]
-        if not held:
-            return False
-        newest = max(held, key=lambda message: message.time_s)
-        state.fill(0)
-        _native.mix(state, 0.0, [newest.payload], [1.0], WIRES[self._wire])
-        self._flat.store_host()
-        return True
+        """Take over the newest message that is held or there, and finite; whether there was one."""
+        self._take()
+        held = [(neighbour, neighbour.held) for neighbour in self.in_neighbours if neighbour.held]
+        for neighbour, message in sorted(held, key=lambda pair: pair[1].time_s, reverse=True):
+            state.fill(0)
+            _, (accepted,) = _native.mix(state, 0.0, [message.payload], [1.0], WIRES[self._wire])
+            if accepted:
+                self._flat.store_host()
+                return True
+            self._reject(neighbour, message)
+            state.fill(math.nan)
+        return False
 
 
 def share_parameters(flat: FlatParameters, comm: Intracomm) -> None:

@@ -7,12 +7,14 @@ permutation of 0, 1, 2, so no slot is ever written and read at once, and neither
     control word = index of the middle slot (bits 0-1) | FRESH (bit 2) | number of its message (from bit 3 on)
 
     word         written by                              read by
-    slot back    the sender: Put, done at its Flush      nobody
+    slot back    the sender: stores, done at Win_sync,   nobody
+                 or a Put, done at its Flush
     slot front   nobody                                  the receiver, by plain loads
     control      sender and receiver: Fetch_and_op       the same two
 
-The sender's Flush orders its Put before the swap that publishes it; the receiver's swap, flushed, and
-Win_sync order that publication before its loads, and its loads before the swap that gives the slot away.
+The sender's Win_sync (in a window that is shared inside a node) or Flush orders what it wrote before the swap that
+publishes it; the receiver's swap, flushed, and Win_sync order that publication before its loads, and its loads before
+the swap that gives the slot away.
 
 In a `polled` window there is no Flush, since it may wait for other targets (see `courier`), and messages are sealed:
 the header holds their number and a checksum over the whole. Should a part of a Put land after the publication, or
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Required, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +62,11 @@ class Place:
     control: int
     slots: tuple[int, int, int]
     capacity: int
+
+    def check(self, nbytes: int) -> None:
+        """Raise ValueError if a payload of `nbytes` does not fit."""
+        if nbytes > self.capacity:
+            raise ValueError(f"payload of {nbytes} bytes exceeds the capacity of {self.capacity}")
 
 
 def lay_out(capacities: Sequence[int]) -> tuple[list[Place], int]:
@@ -113,57 +120,72 @@ def publication(slot: int, number: int) -> int:
     return slot | FRESH | number << NUMBER_SHIFT
 
 
+class About(TypedDict, total=False):
+    """What a message says of itself, beside its payload: fields of the header."""
+
+    update: Required[int]
+    time_s: Required[float]
+    agent_steps: Required[int]
+    wire: int
+    last: bool
+
+
+def fill(header: npt.NDArray[np.void], sender: int, number: int, nbytes: int, about: About) -> None:
+    """Write a header (1,), without a seal."""
+    wire, last = about.get("wire", 0), about.get("last", False)
+    header[0] = (about["update"], about["time_s"], about["agent_steps"], sender, wire, nbytes, last, number, 0)
+
+
 class Delivery(Protocol):
-    """A way for messages to one receiver. An Outbox is the inline way: done when `post` returns."""
+    """A way for messages to one receiver: `post`, or to write into the `slot` and then `publish`.
+
+    An Outbox is the inline way: done when the call returns.
+    """
 
     target: int
 
-    def post(
-        self,
-        payload: npt.NDArray[Any],
-        *,
-        update: int,
-        time_s: float,
-        agent_steps: int,
-        wire: int = 0,
-        last: bool = False,
-    ) -> None:
-        """Publish `payload` in place of whatever was not taken yet. The caller may change it afterwards."""
+    def slot(self, nbytes: int) -> Bytes | None:
+        """Where to write the payload of the next message, if that can be done by stores; nothing else reads it.
+
+        Raises ValueError if `nbytes` exceed the capacity.
+        """
+
+    def publish(self, nbytes: int, **about: Unpack[About]) -> None:
+        """Publish the first `nbytes` of what was written into the slot in place of whatever was not taken yet."""
+
+    def post(self, payload: npt.NDArray[Any], **about: Unpack[About]) -> None:
+        """Publish `payload` (contiguous). The caller may change it afterwards. Raises ValueError as `slot` does."""
 
 
 class Outbox:
-    """The sending end of a mailbox in the window of rank `target`. All calls are local."""
+    """The sending end of a mailbox in the window of rank `target`; see `Delivery`. All calls are local.
+
+    `last` tells the receiver that no further message will come.
+    """
 
     def __init__(self, window: Window, target: int, place: Place) -> None:
         self._window, self.target, self._place = window, target, place
         self._back = self._number = 0
         self._header = np.zeros(1, HEADER)
 
-    def post(
-        self,
-        payload: npt.NDArray[Any],
-        *,
-        update: int,
-        time_s: float,
-        agent_steps: int,
-        wire: int = 0,
-        last: bool = False,
-    ) -> None:
-        """Publish `payload` (contiguous, at most the capacity) in place of whatever was not taken yet.
+    def slot(self, nbytes: int) -> Bytes | None:
+        """See `Delivery.slot`."""
+        self._place.check(nbytes)
+        return self._window.shared_memory(self.target, self._place.slots[self._back], nbytes)
 
-        `last` tells the receiver that no further message will come.
-        """
-        if payload.nbytes > self._place.capacity:
-            raise ValueError(f"payload of {payload.nbytes} bytes exceeds the capacity of {self._place.capacity}")
+    def publish(self, nbytes: int, **about: Unpack[About]) -> None:
+        """See `Delivery.publish`."""
         self._number += 1
-        self._header[0] = (update, time_s, agent_steps, self._window.rank, wire, payload.nbytes, last, self._number, 0)
-        if self._window.polled:
-            seal(self._header, payload.reshape(-1).view(np.uint8))
-        slot = self._place.slots[self._back]
-        self._window.put(self._header, self.target, slot - HEADER.itemsize)
-        self._window.put(payload, self.target, slot)
+        fill(self._header, self._window.rank, self._number, nbytes, about)
+        self._window.put(self._header, self.target, self._place.slots[self._back] - HEADER.itemsize)
         self._window.flush(self.target)
         self._back = self._window.swap(self.target, self._place.control, publication(self._back, self._number)) & 3
+
+    def post(self, payload: npt.NDArray[Any], **about: Unpack[About]) -> None:
+        """See `Delivery.post`."""
+        self._place.check(payload.nbytes)
+        self._window.put(payload, self.target, self._place.slots[self._back])
+        self.publish(payload.nbytes, **about)
 
 
 class Inbox:

@@ -1,8 +1,8 @@
 """A block of memory on every rank that the others reach by one-sided MPI, without its owner's help.
 
-One `MPI.Win.Allocate`, one `Lock_all(MODE_NOCHECK)` for the window's whole life, no other lock ever (MPI-4.1,
-sections 12.5 and 12.7). Control words are touched only through MPI's own atomics, by their owner too: MPI
-atomics are atomic against each other, never against a load or store of the processor.
+One `MPI.Win.Allocate`, or `Allocate_shared` inside a node, one `Lock_all(MODE_NOCHECK)` for the window's whole life,
+no other lock ever (MPI-4.1, sections 12.5 and 12.7). Control words are touched only through MPI's own atomics, by
+their owner too: MPI atomics are atomic against each other, never against a load or store of the processor.
 """
 
 from __future__ import annotations
@@ -44,18 +44,25 @@ class Window:
 
     Making and freeing it are collective; all else is local. Offsets and sizes are in bytes, from the first
     page of the target's memory. A `polled` window is one that a second thread works on: every operation there waits
-    for its own request alone. A flush may wait for all that the process has started, towards dead ranks too, and with
-    the library locked (MPICH over libfabric).
+    for its own request alone. A flush, which may wait for all that the process has started, towards dead ranks too, and
+    with the library locked (MPICH over libfabric), is not for it.
+
+    A `shared` window is one over ranks of one node: what a rank writes it stores there itself. Stores, then Win_sync,
+    then an MPI atomic on one side; the atomic, then Win_sync, then loads on the other: so the loads see the stores
+    (MPI-4.1, section 12.7).
     """
 
-    def __init__(self, comm: MPI.Intracomm, nbytes: int, *, polled: bool = False) -> None:
+    def __init__(self, comm: MPI.Intracomm, nbytes: int, *, polled: bool = False, shared: bool = False) -> None:
         info = MPI.Info.Create()
         info.Set("same_disp_unit", "true")
         info.Set("mpi_minimum_memory_alignment", str(PAGE_BYTES))
         # Control words see REPLACE and NO_OP only, which lets a library take its cheaper atomics.
         info.Set("accumulate_ops", "same_op_no_op")
+        # In memory that is shared, each rank's part on pages of its own, near its core.
+        info.Set("alloc_shared_noncontig", "true")
         # One page more than asked for: the alignment above is a hint that a library may ignore.
-        self._win = MPI.Win.Allocate(nbytes + PAGE_BYTES, 1, info, comm)
+        allocate = MPI.Win.Allocate_shared if shared else MPI.Win.Allocate
+        self._win = allocate(nbytes + PAGE_BYTES, 1, info, comm)
         info.Free()
         if self._win.Get_attr(MPI.WIN_MODEL) != MPI.WIN_UNIFIED:
             self._win.Free()
@@ -68,6 +75,10 @@ class Window:
         # Pages may start at another place on every rank: an origin counts from the target's own shift.
         self._shifts: list[int] = comm.allgather(shift)
         self._memory: Bytes | None = whole[shift : shift + nbytes]
+        self._shared: list[Bytes] = []
+        if shared:
+            parts = [np.asarray(self._win.Shared_query(rank)[0], dtype=np.uint8) for rank in range(comm.size)]
+            self._shared = [part[begin:] for part, begin in zip(parts, self._shifts, strict=True)]
         # Scratch of the blocking atomics, which the learner's thread alone calls.
         self._word = np.zeros(1, np.int64)
         self._result = np.zeros(1, np.int64)
@@ -85,20 +96,23 @@ class Window:
             raise RuntimeError("the window is freed")
         return self._memory[offset : offset + nbytes]
 
-    def put(self, data: npt.NDArray[Any], target: int, offset: int) -> None:
-        """Start to write `data` (contiguous) into the target's memory; done after `flush`.
+    def shared_memory(self, target: int, offset: int, nbytes: int) -> Bytes | None:
+        """A view of the target's memory, to be written before a `flush`; None if the window is not shared."""
+        return self._shared[target][offset : offset + nbytes] if self._shared else None
 
-        In a polled window the data may change afterwards, and that is all that is known.
-        """
-        if self.polled:
-            self.start_put(data, target, offset).Wait()
+    def put(self, data: npt.NDArray[Any], target: int, offset: int) -> None:
+        """Start to write `data` (contiguous) into the target's memory; done after `flush`."""
+        if self._shared:
+            self._shared[target][offset : offset + data.nbytes] = data.reshape(-1).view(np.uint8)
             return
         place = [self._shifts[target] + offset, data.nbytes, MPI.BYTE]
         self._win.Put([data, data.nbytes, MPI.BYTE], target, place)
 
     def flush(self, target: int) -> None:
-        """Return when all that this rank started towards `target` is done there; at once in a polled window."""
-        if not self.polled:
+        """Return when all that this rank wrote into the memory of `target` is done there."""
+        if self._shared:
+            self._win.Sync()
+        else:
             self._win.Flush(target)
 
     def swap(self, target: int, offset: int, value: int) -> int:
@@ -154,7 +168,7 @@ class Window:
     def free(self) -> None:
         """End the access epoch and free the memory. Collective; views of the memory must be gone."""
         if self._memory is not None:
-            self._memory = None
+            self._memory, self._shared = None, []
             self._win.Unlock_all()
             self._win.Free()
 

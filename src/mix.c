@@ -3,6 +3,10 @@
 #include <math.h>
 #include <string.h>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #ifdef HAS_TARGET_CLONES
 #define MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -328,6 +332,105 @@ void mix(enum wire wire, size_t count, float *restrict state, float self_weight,
         mix_float16(count, state, self_weight, messages, &each);
     else
         mix_float32(count, state, self_weight, messages, &each);
+}
+
+/* Copy past the caches: the copy is for another core or the network, and what it would push out of the caches is for
+ * this one. Ordered by `end_streams`. */
+INLINE void stream(size_t count, const float *restrict values, unsigned char *restrict out)
+{
+#ifdef __SSE2__
+    if (count == TILE && (uintptr_t)out % sizeof(__m128i) == 0) {
+        for (size_t i = 0; i < TILE; i += 4)
+            _mm_stream_si128((__m128i *)(void *)(out + 4 * i), _mm_loadu_si128((const __m128i *)(const void *)(values + i)));
+        return;
+    }
+#endif
+    memcpy(out, values, 4 * count);
+}
+
+static void end_streams(void)
+{
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+/* Where the pass ended: at the end, or at the first tile where the state or a message accepted until now is not
+ * finite; the latter is no longer accepted then. */
+enum outcome { DONE, STATE_NOT_FINITE, MESSAGE_NOT_FINITE };
+
+INLINE enum outcome exchange_tile(size_t begin, size_t count, float *restrict state, size_t copies,
+                                  unsigned char *const *restrict copy, float own, size_t messages,
+                                  const struct per_message *each, int *restrict accepted)
+{
+    const unsigned char *values = (const unsigned char *)(state + begin);
+    int known_finite = 0;
+    for (size_t k = 0; k < messages; k++) {
+        if (accepted[k]) {
+            /* In double this is finite if, and only if, all values are. */
+            double part = distance(count, state + begin, each->message[k] + 4 * begin);
+            if (!isfinite(part)) {
+                if (!all_finite_32(count, values))
+                    return STATE_NOT_FINITE;
+                accepted[k] = 0;
+                return MESSAGE_NOT_FINITE;
+            }
+            each->squared[k] += part;
+            known_finite = 1;
+        }
+    }
+    if (!known_finite && !all_finite_32(count, values))
+        return STATE_NOT_FINITE;
+    for (size_t k = 0; k < copies; k++)
+        stream(count, state + begin, copy[k] + 4 * begin);
+    for (size_t k = 0; k < messages; k++) {
+        if (accepted[k]) {
+            add(count, state + begin, own, each->message[k] + 4 * begin, each->weights[k]);
+            own = 1;
+        }
+    }
+    return DONE;
+}
+
+MULTIVERSION static enum outcome exchange_tiles(size_t count, float *restrict state, size_t copies,
+                                                unsigned char *const *restrict copy, float own, size_t messages,
+                                                const struct per_message *each, int *restrict accepted,
+                                                size_t *restrict reached)
+{
+    enum outcome outcome = DONE;
+    size_t begin = 0;
+    for (; outcome == DONE && begin + TILE <= count; begin += TILE)
+        outcome = exchange_tile(begin, TILE, state, copies, copy, own, messages, each, accepted);
+    if (outcome == DONE && begin < count)
+        outcome = exchange_tile(begin, count - begin, state, copies, copy, own, messages, each, accepted);
+    else if (outcome != DONE)
+        begin -= TILE;
+    *reached = begin;
+    return outcome;
+}
+
+int exchange(size_t count, float *restrict state, size_t copies, unsigned char *const *restrict copy,
+             double self_weight, size_t messages, const unsigned char *const *restrict message,
+             const float *restrict weights, int *restrict accepted, double *restrict squared)
+{
+    struct per_message each = {message, weights, accepted, squared};
+    for (;;) {
+        double own = self_weight;
+        int any = 0;
+        size_t reached;
+        for (size_t k = 0; k < messages; k++) {
+            squared[k] = accepted[k] ? 0.0 : (double)NAN;
+            own += accepted[k] ? 0.0 : (double)weights[k];
+            any |= accepted[k];
+        }
+        enum outcome outcome =
+            exchange_tiles(count, state, copies, copy, any ? (float)own : 1.0f, messages, &each, accepted, &reached);
+        end_streams();
+        if (outcome != MESSAGE_NOT_FINITE)
+            return outcome == DONE;
+        /* What was mixed until there is in the first copy as it was. Then all again, without that message. */
+        memcpy(state, copy[0], 4 * reached);
+    }
 }
 
 MULTIVERSION void average(size_t count, float *restrict state, const unsigned char *restrict message)

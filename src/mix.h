@@ -26,6 +26,14 @@ void mix(enum wire wire, size_t count, float *restrict state, float self_weight,
          const unsigned char *const *restrict message, const float *restrict weights,
          const int *restrict accepted, double *restrict squared);
 
+/* One pass over the state that sends and mixes: each of `copies` buffers (one at least) <- state in float32, then `mix`
+ * with float32 messages. Returns 0 if state has a value that is not finite; copies and state then hold neither the old
+ * values nor the new. A message with a value that is not finite is left out, as if it had not been accepted: its
+ * accepted[k] becomes 0, and its weight is added to self_weight. */
+int exchange(size_t count, float *restrict state, size_t copies, unsigned char *const *restrict copy,
+             double self_weight, size_t messages, const unsigned char *const *restrict message,
+             const float *restrict weights, int *restrict accepted, double *restrict squared);
+
 /* state <- 0.5 * state + 0.5 * message, and nothing else, as the yardstick of memory speed: two reads and a write
  * for each value. */
 void average(size_t count, float *restrict state, const unsigned char *restrict message);

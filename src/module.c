@@ -301,6 +301,86 @@ done:
     return result;
 }
 
+PyDoc_STRVAR(exchange_doc,
+"exchange(state, copies, self_weight, messages, weights)\n--\n\n"
+"Copy the state, and mix, in one pass: each of copies <- state, then as `mix` with float32 messages.\n\n"
+"state: writable float32 buffer (n,). copies: writable buffers of n float32 values, one at least, and messages: buffers\n"
+"of as many, all as bytes at any address or in their own format. Returns (whether state was finite; squared distances\n"
+"of state, before, to each message; whether each was accepted). If state was not finite, state and copies hold neither\n"
+"the old values nor the new. A message with a value that is not finite is not accepted, as in `mix`. Raises TypeError\n"
+"for a wrong type, ValueError for a wrong length, layout, overlap or weight, or for no copy. Local.");
+
+static PyObject *py_exchange(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"state", "copies", "self_weight", "messages", "weights", NULL};
+    PyObject *state_object, *self_object, *messages, *weights, *copies;
+    PyObject *message_list = NULL, *weight_list = NULL, *copy_list = NULL, *mixed = NULL, *result = NULL;
+    float self_weight;
+    Py_buffer state, *views = NULL;
+    Py_ssize_t taken = 0, wanted = 0;
+    unsigned char **copy = NULL;
+    struct operands ops = {0};
+    int finite;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOO", names, &state_object, &copies, &self_object, &messages,
+                                     &weights) ||
+        read_weight(self_object, "self_weight", &self_weight) < 0 ||
+        take_float32(state_object, "state", 1, &state) < 0)
+        return NULL;
+    size_t count = (size_t)state.len / sizeof(float);
+    message_list = PySequence_List(messages);
+    weight_list = message_list == NULL ? NULL : PySequence_List(weights);
+    copy_list = weight_list == NULL ? NULL : PySequence_List(copies);
+    if (copy_list == NULL || read_operands(&ops, message_list, weight_list, &state, WIRE_FLOAT32) < 0)
+        goto done;
+    wanted = PyList_Size(copy_list);
+    if (wanted == 0) {
+        PyErr_SetString(PyExc_ValueError, "copies: expected one at least");
+        goto done;
+    }
+    views = PyMem_Calloc((size_t)wanted, sizeof *views);
+    copy = PyMem_Calloc((size_t)wanted, sizeof *copy);
+    if (views == NULL || copy == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (; taken < wanted; taken++) {
+        if (take_wire(PyList_GetItem(copy_list, taken), "copies", WIRE_FLOAT32, count, 1, &views[taken]) < 0)
+            goto done;
+        copy[taken] = views[taken].buf;
+        int overlaps = refuse_overlap("copies", "state", &views[taken], &state);
+        for (Py_ssize_t k = 0; !overlaps && k < ops.count; k++)
+            overlaps = refuse_overlap("copies", "messages", &views[taken], &ops.views[k]);
+        for (Py_ssize_t k = 0; !overlaps && k < taken; k++)
+            overlaps = refuse_overlap("copies", "copies", &views[taken], &views[k]);
+        if (overlaps) {
+            taken++;
+            goto done;
+        }
+    }
+    double own = PyFloat_AsDouble(self_object);
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t k = 0; k < ops.count; k++)
+        ops.accepted[k] = 1;
+    finite = exchange(count, state.buf, (size_t)wanted, copy, own, (size_t)ops.count, ops.message, ops.weights,
+                      ops.accepted, ops.squared);
+    Py_END_ALLOW_THREADS
+    mixed = mix_result(&ops);
+    if (mixed != NULL)
+        result = Py_BuildValue("NOO", PyBool_FromLong(finite), PyTuple_GetItem(mixed, 0), PyTuple_GetItem(mixed, 1));
+done:
+    Py_XDECREF(mixed);
+    if (views != NULL)
+        release(views, taken);
+    PyMem_Free(copy);
+    free_operands(&ops);
+    PyBuffer_Release(&state);
+    Py_XDECREF(message_list);
+    Py_XDECREF(weight_list);
+    Py_XDECREF(copy_list);
+    return result;
+}
+
 PyDoc_STRVAR(all_finite_doc,
 "all_finite(buffer, wire='float32')\n--\n\n"
 "Whether no value of a buffer is an infinity or a NaN; so for an empty one.\n\n"
@@ -441,6 +521,7 @@ static PyObject *py_checksum(PyObject *Py_UNUSED(module), PyObject *object)
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"mix", (PyCFunction)(void (*)(void))py_mix, METH_VARARGS | METH_KEYWORDS, mix_doc},
+    {"exchange", (PyCFunction)(void (*)(void))py_exchange, METH_VARARGS | METH_KEYWORDS, exchange_doc},
     {"all_finite", (PyCFunction)(void (*)(void))py_all_finite, METH_VARARGS | METH_KEYWORDS, all_finite_doc},
     {"average", (PyCFunction)(void (*)(void))py_average, METH_VARARGS | METH_KEYWORDS, average_doc},
     {"checksum", py_checksum, METH_O, checksum_doc},
@@ -470,7 +551,7 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gala_mpi._native",
-    .m_doc = "Kernels over flat parameters: pack, mix, all_finite, average, checksum and sketch.",
+    .m_doc = "Kernels over flat parameters: pack, mix, exchange, all_finite, average, checksum and sketch.",
     .m_methods = methods,
     .m_slots = slots,
 };

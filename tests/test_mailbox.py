@@ -21,11 +21,10 @@ assert min(sum(IN_SHARED_MEMORY.values()), sum(OVER_TCP.values())) >= 20_000
 
 
 def exchange(
-    mpi: Mpi, size: int, exchanges: int, env: dict[str, str] | None = None, delivery: str = "inline"
+    mpi: Mpi, size: int, exchanges: int, *arguments: str, env: dict[str, str] | None = None
 ) -> dict[str, float]:
     """Totals of a run of the program, which checks every message itself."""
-    arguments = ("--exchanges", str(exchanges), "--delivery", delivery)
-    done = mpi.run(size, PROGRAM, *arguments, timeout_s=240, env=env)
+    done = mpi.run(size, PROGRAM, "--exchanges", str(exchanges), *arguments, timeout_s=240, env=env)
     assert done.returncode == 0, done.stderr
     totals: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     assert totals["posted"] > totals["taken"] >= exchanges
@@ -40,9 +39,14 @@ def test_every_message_in_shared_memory_is_whole_in_order_and_the_newest(mpi: Mp
     assert totals["tcp_bytes"] < totals["bytes_posted"] / 100
 
 
+@pytest.mark.parametrize("size", IN_SHARED_MEMORY)
+def test_every_message_that_its_sender_stores_itself_is_whole_in_order_and_the_newest(mpi: Mpi, size: int) -> None:
+    exchange(mpi, size, IN_SHARED_MEMORY[size], "--shared")
+
+
 @pytest.mark.parametrize("size", OVER_TCP)
 def test_every_message_over_tcp_is_whole_in_order_and_the_newest(mpich: Mpi, size: int) -> None:
-    totals = exchange(mpich, size, OVER_TCP[size], TCP)
+    totals = exchange(mpich, size, OVER_TCP[size], env=TCP)
     # By the kernel's count for the ranks' own sockets, all that was posted did go through them.
     assert totals["tcp_bytes"] > totals["bytes_posted"]
 
@@ -53,14 +57,14 @@ IN_BACKGROUND = {2: 2000, 3: 4000}
 
 @pytest.mark.parametrize("size", IN_BACKGROUND)
 def test_every_message_in_the_background_is_whole_in_order_and_the_newest(mpi: Mpi, size: int) -> None:
-    totals = exchange(mpi, size, IN_BACKGROUND[size], delivery="background")
+    totals = exchange(mpi, size, IN_BACKGROUND[size], "--delivery", "background")
     # Posts did go out while the one before was still on its way, and replaced each other there.
     assert totals["overtaking"] > 1000
 
 
 @pytest.mark.parametrize("size", IN_BACKGROUND)
 def test_every_message_in_the_background_over_tcp_is_whole_in_order_and_the_newest(mpich: Mpi, size: int) -> None:
-    totals = exchange(mpich, size, IN_BACKGROUND[size], TCP, delivery="background")
+    totals = exchange(mpich, size, IN_BACKGROUND[size], "--delivery", "background", env=TCP)
     assert totals["overtaking"] > 1000
     # Less than was posted, since much is replaced before it is sent.
     assert totals["tcp_bytes"] > totals["bytes_posted"] / 10
@@ -77,10 +81,11 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("memory", [(), ("--shared",)], ids=["put", "stored"])
 @pytest.mark.parametrize("broken", BROKEN)
-def test_the_stress_catches_a_broken_mailbox(mpi: Mpi, broken: str) -> None:
+def test_the_stress_catches_a_broken_mailbox(mpi: Mpi, broken: str, memory: tuple[str, ...]) -> None:
     size, promises = BROKEN[broken]
-    done = mpi.run(size, PROGRAM, "--exchanges", "7000", "--broken", broken, timeout_s=60)
+    done = mpi.run(size, PROGRAM, "--exchanges", "7000", "--broken", broken, *memory, timeout_s=60)
     assert done.returncode != 0
     assert re.search(rf"violated: ({promises}): ", done.stderr), done.stderr
 

@@ -119,6 +119,41 @@ def test_mix_agrees_with_the_twin(seed: int, size: int, count: int, wire: str, s
     assert same_bits(state, expected)
 
 
+@settings(deadline=None)
+@given(seeds, sizes, st.integers(0, 4), st.integers(1, 3), skews, skews)
+def test_exchange_is_a_copy_and_a_mix(seed: int, size: int, count: int, copies: int, skew: int, out_skew: int) -> None:
+    """To the bit, also where messages are found in the middle of the pass not to be finite."""
+    rng = np.random.default_rng(seed)
+    state = draw_values(rng, size, special=0.05)
+    values = [draw_values(rng, size, special=0.01) for _ in range(count)]
+    for value in values:
+        if size and rng.random() < 0.4:
+            value[rng.integers(size)] = rng.choice(NON_FINITE)
+    messages = [skewed(value.view(np.uint8), skew) for value in values]
+    raw = rng.random(count + 1)
+    self_weight, *weights = (raw / raw.sum()).tolist()
+    before, expected = state.copy(), state.copy()
+    squared, accepted = _native.mix(expected, self_weight, messages, weights)
+    outs = [skewed(np.full(state.nbytes, 0xAA, np.uint8), out_skew) for _ in range(copies)]
+    finite, found_squared, found_accepted = _native.exchange(state, outs, self_weight, messages, weights)
+    assert finite and found_accepted == accepted
+    np.testing.assert_array_equal(found_squared, squared)
+    assert same_bits(state, expected)
+    assert all(same_bits(out, before) for out in outs)
+
+
+@pytest.mark.parametrize("bad", NON_FINITE)
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("size", [1, 128, 300, 1025])
+def test_exchange_finds_a_state_that_is_not_finite(size: int, count: int, bad: float) -> None:
+    messages = [np.ones(size, np.float32), np.full(size, math.inf, np.float32)][:count]
+    for place in {0, size // 2, size - 1}:
+        state = np.zeros(size, np.float32)
+        state[place] = bad
+        finite, _, _ = _native.exchange(state, [np.zeros(size, np.float32)], 0.5, messages, [0.25] * count)
+        assert not finite
+
+
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("bad", NON_FINITE)
 @pytest.mark.parametrize("size", [1, 16, 1025, 4096])
@@ -305,6 +340,45 @@ REFUSED: dict[str, tuple[type[Exception], str, Any]] = {
     "weight that is no number": (TypeError, "real number", lambda: _native.mix(floats(), "1", [], [])),
     "unknown wire": (ValueError, "wire.*'int8'.*float16", lambda: _native.mix(floats(), 1, [], [], "int8")),
     "wire of another type": (TypeError, "messages", lambda: _native.mix(floats(), 1, [floats(2)], [1], "float16")),
+    "exchange without a copy": (ValueError, "copies: expected one", lambda: _native.exchange(floats(), [], 1, [], [])),
+    "exchange of doubles": (TypeError, "state", lambda: _native.exchange(np.zeros(4), [floats()], 1, [], [])),
+    "read-only copy": (
+        ValueError,
+        "copies.*read-only",
+        lambda: _native.exchange(floats(), [read_only(floats())], 1, [], []),
+    ),
+    "short copy": (ValueError, "copies.*got 12", lambda: _native.exchange(floats(), [floats(3)], 1, [], [])),
+    "strided copy": (ValueError, "copies.*contiguous", lambda: _native.exchange(floats(), [floats(8)[::2]], 1, [], [])),
+    "copy onto the state": (
+        ValueError,
+        "copies: overlaps state",
+        lambda: _native.exchange(SHARED[:4], [floats(), SHARED[3:7]], 1, [], []),
+    ),
+    "copy onto a message": (
+        ValueError,
+        "copies: overlaps messages",
+        lambda: _native.exchange(floats(), [SHARED[:4]], 0.5, [SHARED[2:6]], [0.5]),
+    ),
+    "two copies in one place": (
+        ValueError,
+        "copies: overlaps copies",
+        lambda: _native.exchange(floats(), [SHARED[:4], SHARED[2:6]], 1, [], []),
+    ),
+    "exchange of a short message": (
+        ValueError,
+        "messages.*got 12",
+        lambda: _native.exchange(floats(), [floats()], 0.5, [floats(3)], [0.5]),
+    ),
+    "exchange without weights": (
+        ValueError,
+        "weights.*1 messages, got 0",
+        lambda: _native.exchange(floats(), [floats()], 0.5, [floats()], []),
+    ),
+    "exchange with an infinite weight": (
+        ValueError,
+        "self_weight",
+        lambda: _native.exchange(floats(), [floats()], math.inf, [], []),
+    ),
     "source of doubles": (TypeError, "sources", lambda: _native.pack([np.zeros(4)], floats())),
     "strided source": (ValueError, "sources.*contiguous", lambda: _native.pack([floats(8)[::2]], floats())),
     "misaligned source": (ValueError, "sources.*multiple of 4", lambda: _native.pack([misaligned()], floats())),
@@ -365,6 +439,10 @@ def test_a_refusal_holds_no_buffer() -> None:
     with pytest.raises(ValueError, match="buffer"):
         _native.all_finite(state[:-1])
     assert _native.all_finite(message)
+    with pytest.raises(ValueError, match="copies"):
+        _native.exchange(floats(), [np.zeros(16, np.uint8), message], 1, [], [])
+    with pytest.raises(ValueError, match="copies: overlaps copies"):
+        _native.exchange(floats(3), [message, message], 1, [], [])
     state.append(1)
     message.append(1)
 

@@ -49,7 +49,7 @@ from gala_mpi.bench.costs import (
 from gala_mpi.bench.gloo import Gloo
 from gala_mpi.courier import Courier
 from gala_mpi.gossip import WIRES, Gossip
-from gala_mpi.mailbox import Delivery, Message, Place, lay_out
+from gala_mpi.mailbox import Delivery, Message, lay_out
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.window import Window
 
@@ -71,19 +71,6 @@ class Case:
     modes: tuple[str, ...] = (ONE, ALL)
 
 
-class KeepingCourier(Courier):
-    """A courier that keeps the sending ends that it makes, by target."""
-
-    def __init__(self, comm: MPI.Intracomm, delivery: str) -> None:
-        self.made: dict[int, Delivery] = {}
-        super().__init__(comm, delivery)
-
-    def outbox(self, window: Window, target: int, place: Place) -> Delivery:
-        """The sending end, as of every courier."""
-        self.made[target] = super().outbox(window, target, place)
-        return self.made[target]
-
-
 class Measurement:
     """The measurement of one size over one topology. Making, running and freeing it are collective."""
 
@@ -101,7 +88,7 @@ class Measurement:
         self._comm, self._wire, self._gloo, self._watch = comm, wire, gloo, watch
         self._start = np.random.default_rng(np.random.SeedSequence([0, comm.rank])).random(parameters, np.float32)
         self._flat = FlatParameters(nn.ParameterList([nn.Parameter(torch.zeros(parameters))]))
-        self._courier = KeepingCourier(comm, delivery)
+        self._courier = Courier(comm, delivery)
         self._gossip = Gossip(self._flat, comm, topology, wire=wire, delivery=self._courier)
         self._state = self._flat.host()
         nbytes = parameters * _native.WIRE_ITEMSIZE[wire]
@@ -111,12 +98,12 @@ class Measurement:
         self._slots = [self._window.memory(slot, self._state.nbytes) for slot in place.slots[:2]]
         for slot in self._slots:
             slot[:] = self._start.view(np.uint8)
-        self._deliveries = list(self._courier.made.values())
+        self._deliveries = list(self._gossip.outboxes.values())
         self._message: Message | None = None
         background = [rank for rank, ways in enumerate(self._ways()) if "background" in ways]
         # The rank at work in the mode `one`: where a courier carries, one of those that have it carry.
         self._worker = background[0] if background else 0
-        carried = [self._courier.made[target] for target, way in self._gossip.ways.items() if way == "background"]
+        carried = [self._gossip.outboxes[target] for target, way in self._gossip.ways.items() if way == "background"]
         self._deliveries, self._carries = carried or self._deliveries, bool(carried)
         self._cases = self._make_cases(bool(background))
         self._steps = 0
@@ -183,7 +170,7 @@ class Measurement:
     def _time(self, case: Case, mode: str) -> Timing | None:
         """One round of a case; None on a rank that is not timed. Collective."""
         if case.filled:
-            for delivery in self._courier.made.values():
+            for delivery in self._gossip.outboxes.values():
                 self._send(delivery)
             self._drain()
         self._meet()

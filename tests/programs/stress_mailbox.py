@@ -216,7 +216,10 @@ class Rank:
             self.receivers.append(Receiver(window, link, inbox_kind(window, place), announced))
             target = (rank + distance) % size
             link = Link(rank, target, number, place.capacity)
-            self.senders.append(Sender(window, link, courier.outbox(window, target, place), announced))
+            outbox = (
+                couriers.Outbox(window, target, place) if arguments.shared else courier.outbox(window, target, place)
+            )
+            self.senders.append(Sender(window, link, outbox, announced))
         self.barrier()
 
     def barrier(self, meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -355,7 +358,7 @@ def stress(comm: MPI.Intracomm, arguments: argparse.Namespace) -> dict[str, int 
     nbytes = lay_out(sizes)[1] + CACHE_LINE_BYTES * len(sizes)
     if not arguments.sealed:
         mailbox.is_whole = lambda memory, number: True
-    with Window(comm, nbytes, polled=arguments.delivery == "background") as window:
+    with Window(comm, nbytes, polled=arguments.delivery == "background", shared=arguments.shared) as window:
         rank = Rank(comm, window, courier, arguments)
         if arguments.broken is None:
             rank.check_quietly()
@@ -388,6 +391,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exchanges", type=int, default=7000, help="messages to take and verify, over all ranks")
     parser.add_argument("--delivery", choices=["inline", "background"], default="inline")
+    parser.add_argument("--shared", action="store_true", help="in a window whose memory the senders write themselves")
     parser.add_argument("--sealed", action="store_true", help="give out background messages only if they are whole")
     parser.add_argument("--haste", type=float, default=0.25, help="chance of a post while the last is on its way")
     parser.add_argument("--neighbours", type=int, default=2, help="greatest number of out-neighbours of a rank")
