@@ -5,9 +5,9 @@ x <- w0 x + sum of w_k m_k. Posting never waits; mixing waits only under a bound
 deadline (GALA: Assran et al. 2019, arXiv:1906.04585, algorithm 1).
 
 That wait cannot lock ranks against each other. Each posts before it waits, so a neighbour that is waited for and waits
-itself has posted since it began its own update, and that message was mixed already: the waiting rank began its update after
-that neighbour began its own. Round a circle of ranks that all wait, each would have begun after the next. Over a
-rotating topology the same holds of the rank that was posted to, as long as that one goes on: a rank that has a
+itself has posted since it began its own update, and that message was mixed already: the waiting rank began its update
+after that neighbour began its own. Round a circle of ranks that all wait, each would have begun after the next. Over
+a rotating topology the same holds of the rank that was posted to, as long as that one goes on: a rank that has a
 finished or lost in-neighbour there does not wait. All others hear from such a rank, if only by way of others.
 
 A rank that diverged posts nothing at that update, so it must not wait for a neighbour that waits for it: it goes on
