@@ -48,7 +48,9 @@ def summary(costs: Costs, missing: Mapping[str, str]) -> dict[str, Any]:
     }
     ratios = []
     for numerator, denominator, bound in RATIOS:
-        modes = {mode: _quotient(shown[numerator].get(mode), shown[denominator].get(mode)) for mode in (ONE, ALL)}
+        # An all-reduce, which has one mode, is what either mode of an exchange stands beside.
+        below = {mode: shown[denominator].get(mode, shown[denominator].get(ALL)) for mode in (ONE, ALL)}
+        modes = {mode: _quotient(shown[numerator].get(mode), below[mode]) for mode in (ONE, ALL)}
         ratios.append({"numerator": numerator, "denominator": denominator, "bound": bound, **modes})
     return {
         "parameters": costs.parameters,
