@@ -20,7 +20,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -214,7 +214,7 @@ class Gossip:
             state = self._flat.host()
             ready, missing = self._look()
             taken = self._take() if ready else []
-            if not self._post_and_mix(state, taken):
+            if not self.post_and_mix(state, self.topology.targets(self._comm.rank, self._update), taken):
                 self._recover(state)
                 return True
             if missing and not ready and self._too_stale():
@@ -267,12 +267,11 @@ class Gossip:
         if error is None:
             self.close()
 
-    def _post_and_mix(self, state: npt.NDArray[np.float32], taken: list[Taken]) -> bool:
+    def post_and_mix(self, state: npt.NDArray[np.float32], targets: Sequence[int], taken: Sequence[Taken] = ()) -> bool:
         """Send the parameters and average them with what was taken; False if they are not finite: nothing is sent.
 
-        In one pass over the parameters, where they are sent as they are and by stores.
+        In one pass over the parameters, where they are sent as they are and by stores. A part of `step`.
         """
-        targets = self.topology.targets(self._comm.rank, self._update)
         slots = [self.outboxes[target].slot(state.nbytes) for target in targets] if self._staging is None else []
         stored = [slot for slot in slots if slot is not None]
         if not stored or len(stored) < len(slots):
@@ -379,17 +378,17 @@ class Gossip:
         self.counters.messages_dropped = sum(neighbour.dropped for neighbour in self.in_neighbours)
         return taken
 
-    def _weights(self, taken: list[Taken]) -> list[float]:
+    def _weights(self, taken: Sequence[Taken]) -> list[float]:
         """Of messages; what is left out stays with this rank's own parameters."""
         if self.topology.rotating:
             return [1 / (1 + len(taken))] * len(taken)
         return [neighbour.weight for neighbour, _ in taken]
 
-    def _mix(self, state: npt.NDArray[np.float32], taken: list[Taken]) -> None:
+    def _mix(self, state: npt.NDArray[np.float32], taken: Sequence[Taken]) -> None:
         payloads, weights = [message.payload for _, message in taken], self._weights(taken)
         self._account(taken, *_native.mix(state, 1 - sum(weights), payloads, weights, WIRES[self._wire]))
 
-    def _account(self, taken: list[Taken], squared: list[float], accepted: list[bool]) -> None:
+    def _account(self, taken: Sequence[Taken], squared: list[float], accepted: list[bool]) -> None:
         """Note what became of messages in a mix."""
         if any(accepted):
             self._flat.store_host()

@@ -48,8 +48,8 @@ from gala_mpi.bench.costs import (
 )
 from gala_mpi.bench.gloo import Gloo
 from gala_mpi.courier import Courier
-from gala_mpi.gossip import WIRES, Gossip
-from gala_mpi.mailbox import Delivery, Message, lay_out
+from gala_mpi.gossip import Gossip
+from gala_mpi.mailbox import Message, lay_out
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.window import Window
 
@@ -98,13 +98,12 @@ class Measurement:
         self._slots = [self._window.memory(slot, self._state.nbytes) for slot in place.slots[:2]]
         for slot in self._slots:
             slot[:] = self._start.view(np.uint8)
-        self._deliveries = list(self._gossip.outboxes.values())
         self._message: Message | None = None
         background = [rank for rank, ways in enumerate(self._ways()) if "background" in ways]
         # The rank at work in the mode `one`: where a courier carries, one of those that have it carry.
         self._worker = background[0] if background else 0
-        carried = [self._gossip.outboxes[target] for target, way in self._gossip.ways.items() if way == "background"]
-        self._deliveries, self._carries = carried or self._deliveries, bool(carried)
+        carried = [target for target, way in self._gossip.ways.items() if way == "background"]
+        self._targets, self._carries = carried or list(self._gossip.outboxes), bool(carried)
         self._cases = self._make_cases(bool(background))
         self._steps = 0
         self._restore()
@@ -170,8 +169,7 @@ class Measurement:
     def _time(self, case: Case, mode: str) -> Timing | None:
         """One round of a case; None on a rank that is not timed. Collective."""
         if case.filled:
-            for delivery in self._gossip.outboxes.values():
-                self._send(delivery)
+            self._gossip.post_and_mix(self._state, list(self._gossip.outboxes))
             self._drain()
         self._meet()
         timing = None
@@ -208,11 +206,8 @@ class Measurement:
     def _pack(self) -> None:
         _native.pack([self._state], self._payload, self._wire)
 
-    def _send(self, delivery: Delivery) -> None:
-        delivery.post(self._payload, update=0, time_s=time.time(), agent_steps=0, wire=WIRES.index(self._wire))
-
     def _post(self) -> None:
-        self._send(self._deliveries[0])
+        self._gossip.post_and_mix(self._state, self._targets[:1])
 
     def _take(self) -> None:
         self._message = self._gossip.in_neighbours[0].inbox.take()
