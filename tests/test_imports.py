@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gala_mpi
+
 PACKAGE = Path(__file__).resolve().parent.parent / "gala_mpi"
 ORDER = (
     *(
@@ -74,6 +76,22 @@ def test_modules_import_only_from_those_before_them() -> None:
 def test_only_the_window_the_exchange_and_the_command_line_import_mpi() -> None:
     users = {module for module in all_modules() if "mpi4py.MPI" in runtime_imports(module)}
     assert users == MAY_IMPORT_MPI
+
+
+def test_what_is_imported_from_the_package_is_there() -> None:
+    """The package's own __getattr__ hides a wrong name from the type checker."""
+    names = {module.partition(".")[0] for module in all_modules()} | {"_native", *gala_mpi.__all__}
+    root = PACKAGE.parent
+    paths = [
+        path
+        for folder in ("gala_mpi", "tests", "benchmarks", "analysis", "examples")
+        for path in (root / folder).rglob("*.py")
+    ]
+    assert len(paths) > 60
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "gala_mpi":
+                assert {alias.name for alias in node.names} <= names, path
 
 
 def test_importing_the_package_starts_nothing() -> None:
