@@ -26,9 +26,9 @@ from gala_mpi import cli, agent
 from mpi4py import MPI
 pause_s, args = float(sys.argv[1]), sys.argv[2:]
 train = agent.Agent.train
-def slowed(self, info, stop):
+def slowed(self, stop):
     last = MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1
-    return train(self, info, stop, on_update=(lambda _: time.sleep(pause_s)) if last else None)
+    return train(self, stop, on_update=(lambda _: time.sleep(pause_s)) if last else None)
 if pause_s:
     agent.Agent.train = slowed
 sys.exit(cli.train(args))
