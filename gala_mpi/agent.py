@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
 
 REFERENCE_SIMULATORS = 16
-# Between the first rank that starts and the last: loading torch from a busy network file system takes minutes.
-START_WITHIN_S = 900.0
+STUCK = "the end of the run: the MPI library has not returned"
 log = logging.getLogger(__name__)
 
 
@@ -87,15 +86,8 @@ class Agent:
     Raises UsageError, on all ranks, if the run cannot be, or a file of it cannot be made.
     """
 
-    def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo) -> None:
-        self._config, self._comm, self._info = config, comm, info
-        self._watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
-        complaint = f"the start of the run: some rank has not come within {START_WITHIN_S:g} s"
-        with self._watchdog.limit(START_WITHIN_S, complaint):
-            self._set_up()
-
-    def _set_up(self) -> None:
-        config, comm, info = self._config, self._comm, self._info
+    def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo, watchdog: Watchdog) -> None:
+        self._config, self._comm, self._watchdog = config, comm, watchdog
         threads, device = on_all_ranks(comm, lambda: _place(comm, config.run.device))
         # The threads of a network for flat observations wait for each other longer than they compute.
         torch.set_num_threads(_threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
@@ -165,7 +157,8 @@ class Agent:
                 if on_update is not None:
                     on_update(self._update)
             # What ends this rank ends the others too: they are to see it with their next update.
-            self._board.tell()
+            with self._watchdog.limit(4 * self._timeout_s, STUCK):
+                self._board.tell()
         except DivergedError as error:
             diverged = True
             log.warning("this rank ends: %s", error)
@@ -189,27 +182,29 @@ class Agent:
 
     def _end(self, diverged: bool) -> list[int]:
         """Wait until all ranks are done and have met; those that are lost instead. Collective if there are none."""
-        board, end = self._board, "the end of the run: the MPI library has not returned"
+        board = self._board
 
         def come_by() -> bool:
-            with self._watchdog.limit(4 * self._timeout_s, end):
+            with self._watchdog.limit(4 * self._timeout_s, STUCK):
                 board.come_by()
             return True
 
-        with self._watchdog.limit(4 * self._timeout_s, end):
+        with self._watchdog.limit(4 * self._timeout_s, STUCK):
             self._exchange.finish()
             board.finish(diverged=diverged)
         # As long as others work and are heard: each of them ends, or falls silent and is lost.
         wait_until(lambda: come_by() and board.all_done, math.inf)
-        with self._watchdog.limit(4 * self._timeout_s, end):
+        with self._watchdog.limit(4 * self._timeout_s, STUCK):
             board.meet()
             met: list[Request] = []
 
         def all_met() -> bool:
-            # All that this rank has sent has arrived before the windows may be freed.
-            if not met and self._courier.drain(0, without=board.lost):
-                met.append(self._comm.Ibarrier())
-            return come_by() and (bool(board.lost) or bool(met and met[0].Test()))
+            with self._watchdog.limit(4 * self._timeout_s, STUCK):
+                board.come_by()
+                # The last parameters of this rank have arrived before any rank may free its windows.
+                if not met and self._exchange.arrived(board.lost):
+                    met.append(self._comm.Ibarrier())
+                return bool(board.lost) or bool(met and met[0].Test())
 
         if not wait_until(all_met, 4 * self._timeout_s):
             # All are heard, but one does not come: leave as if it were lost.
@@ -218,7 +213,7 @@ class Agent:
 
     def free(self) -> None:
         """Free windows and simulators. Collective; not to be called if a rank is lost."""
-        with self._watchdog.limit(self._timeout_s, "the end of the run: the MPI library has not returned"):
+        with self._watchdog.limit(self._timeout_s, STUCK):
             self._courier.free()
             self._exchange.free()
             self._board.free()

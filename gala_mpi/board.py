@@ -208,7 +208,7 @@ class Board:
 
 
 def board_bytes(size: int) -> int:
-    """Size of the window that a rank's board needs, in bytes; the same for all ranks but the last few, at most."""
+    """Size of the windows that a rank's board needs, in bytes; the same for all ranks but the last few, at most."""
     nbytes = _copy_type(size).itemsize
     return max(lay_out([nbytes] * len(sources))[1] for sources in _both_ways(size))
 

@@ -28,6 +28,7 @@ from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, load_preset
 from gala_mpi.environments import check_environment
 from gala_mpi.topology import make_topology
+from gala_mpi.waiting import Watchdog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_LOST, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 4, 75
 GRACE_S = 1.0
+# Between the first rank that starts and the last: loading torch from a busy network file system takes minutes.
+START_WITHIN_S = 900.0
 CONFIG_FILE = "config.toml"
 OTHERS = """
 Other commands, each with a --help of its own:
@@ -140,18 +143,21 @@ def refuse(error: UsageError) -> int:
 
 
 def _train(args: list[str], comm: MPI.Intracomm) -> int:
-    config = on_all_ranks(comm, lambda: check(parse(args), comm.size))
-    # Only now: torch takes seconds to import, and a bad setting should be told at once.
-    from gala_mpi.agent import Agent, StopRequest
+    watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
+    complaint = f"the start of the run: some rank has not come within {START_WITHIN_S:g} s"
+    with watchdog.limit(START_WITHIN_S, complaint):
+        config = on_all_ranks(comm, lambda: check(parse(args), comm.size))
+        # Only now: torch takes seconds to import, and a bad setting should be told at once.
+        from gala_mpi.agent import Agent, StopRequest
 
-    stop = StopRequest()
-    info = create_run(config, comm)
-    try:
-        agent = Agent(config, comm, info)
-    except UsageError:
-        if comm.rank == 0:
-            discard_run(info)
-        raise
+        stop = StopRequest()
+        info = create_run(config, comm)
+        try:
+            agent = Agent(config, comm, info, watchdog)
+        except UsageError:
+            if comm.rank == 0:
+                discard_run(info)
+            raise
     if comm.rank == 0:
         print(_banner(config, comm, info), flush=True)
     with _signals(stop):
@@ -281,9 +287,15 @@ def create_run(config: TrainConfig, comm: MPI.Intracomm) -> RunInfo:
 def discard_run(info: RunInfo) -> None:
     """Take away what `create_run` made, and the files without a row; what is not of this run stays. Local."""
     for path in (info.folder / CONFIG_FILE, *info.folder.glob("rank-*.h5")):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
+    _remove(info.made)
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove folders, deepest first, as far as they are empty."""
     with contextlib.suppress(OSError):
-        for folder in info.made:
+        for folder in folders:
             folder.rmdir()
 
 
@@ -299,6 +311,7 @@ def _make_folder(config: TrainConfig) -> tuple[Path, list[Path]]:
         out.mkdir(parents=True, exist_ok=True)
         (out / CONFIG_FILE).write_text(as_toml(config), "utf-8")
     except OSError as error:
+        _remove(made)
         raise ConfigError(
             "out", str(config.record.out or out), f"a folder that can be written ({error.strerror})"
         ) from error

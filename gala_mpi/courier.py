@@ -161,8 +161,8 @@ class BackgroundOutbox:
 class Courier:
     """Chooses how messages go to each rank, and runs the thread where one is needed.
 
-    `delivery`: inline (a Put by the learner), background (by the thread), or auto: inline to ranks of this node,
-    background to others. Making and freeing it are collective; all else is local.
+    `delivery`: inline (by the learner: stores inside a node, else a Put), background (by the thread), or auto: inline
+    to ranks of this node, background to others. Making and freeing it are collective; all else is local.
     """
 
     def __init__(self, comm: Intracomm, delivery: str = "auto") -> None:

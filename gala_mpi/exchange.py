@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -42,6 +42,9 @@ class Exchange(Protocol):
     def finish(self) -> None:
         """Say that this rank's last update is done."""
 
+    def arrived(self, without: Sequence[int]) -> bool:
+        """Whether all that this rank has sent has arrived, but to the ranks in `without`."""
+
     def free(self) -> None:
         """Release what is held. Collective."""
 
@@ -64,7 +67,8 @@ class NoExchange:
     def step(self, agent_steps: int) -> bool:
         """Parameters stay as they are. Raises DivergedError if they are not finite: no neighbour could help."""
         self._update += 1
-        if not _native.all_finite(self._flat.host()):
+        data = self._flat.data
+        if not (_native.all_finite(data.numpy()) if data.device.type == "cpu" else bool(data.isfinite().all())):
             self.counters.divergences += 1
             raise DivergedError(f"the parameters are not finite after update {self._update}")
         return False
@@ -75,6 +79,10 @@ class NoExchange:
 
     def finish(self) -> None:
         """Nobody listens."""
+
+    def arrived(self, without: Sequence[int]) -> bool:
+        """Nothing was sent."""
+        return True
 
     def free(self) -> None:
         """Nothing is held."""

@@ -11,7 +11,7 @@ a rotating topology the same holds of the rank that was posted to, as long as th
 finished or lost in-neighbour there does not wait. All others hear from such a rank, if only by way of others.
 
 A rank that diverged posts nothing at that update, so it must not wait for a neighbour that waits for it: it goes on
-with the message that it mixed last, whose slot stays its own until it takes the next.
+with the newest message that it holds or finds. The slot of one that it holds stays its own until it takes the next.
 """
 
 from __future__ import annotations
@@ -214,10 +214,13 @@ class Gossip:
             state = self._flat.host()
             ready, missing = self._look()
             taken = self._take() if ready else []
+            sent = self.counters.messages_sent
             if not self.post_and_mix(state, self.topology.targets(self._comm.rank, self._update), taken):
                 self._recover(state)
+                self._settle([])
                 return True
-            if missing and not ready and self._too_stale():
+            # Who has sent nothing must not wait: another may wait for it.
+            if missing and not ready and self._too_stale() and self.counters.messages_sent > sent:
                 # Ends: a neighbour that stays silent becomes lost, and a lost one is not missing.
                 self._wait_until(self._ready_or_alone)
                 taken = self._take() if self._look()[0] else []
@@ -233,6 +236,11 @@ class Gossip:
         """Tell the out-neighbours that no message will follow this one, which is empty if its values are not finite."""
         state = self._flat.host()
         self._post(state if _native.all_finite(state) else state[:0], self.outboxes, last=True)
+
+    def arrived(self, without: Sequence[int] = ()) -> bool:
+        """Whether all that this rank has sent has arrived, but to the ranks in `without`."""
+        self._courier.check()
+        return not any(outbox.pending for target, outbox in self.outboxes.items() if target not in without)
 
     def free(self) -> None:
         """Free the windows, and the courier if it is this object's own. Collective."""
@@ -253,7 +261,7 @@ class Gossip:
             return
         self.finish()
         end = time.monotonic() + timeout_s
-        if not (self._courier.drain(timeout_s) and meet(self._comm, max(end - time.monotonic(), 0.0))):
+        if not (wait_until(self.arrived, timeout_s) and meet(self._comm, max(end - time.monotonic(), 0.0))):
             raise TimeoutError(f"some rank has not come to the end of the exchange within {timeout_s:g} s")
         self.free()
 

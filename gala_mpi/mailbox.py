@@ -144,6 +144,10 @@ class Delivery(Protocol):
 
     target: int
 
+    @property
+    def pending(self) -> bool:
+        """Whether a message waits or is on its way."""
+
     def slot(self, nbytes: int) -> Bytes | None:
         """Where to write the payload of the next message, if that can be done by stores; nothing else reads it.
 
@@ -164,9 +168,15 @@ class Outbox:
     """
 
     def __init__(self, window: Window, target: int, place: Place) -> None:
+        assert not window.polled, "what is sent in a polled window is sealed"
         self._window, self.target, self._place = window, target, place
         self._back = self._number = 0
         self._header = np.zeros(1, HEADER)
+
+    @property
+    def pending(self) -> bool:
+        """See `Delivery.pending`."""
+        return False
 
     def slot(self, nbytes: int) -> Bytes | None:
         """See `Delivery.slot`."""
@@ -180,6 +190,8 @@ class Outbox:
         self._window.put(self._header, self.target, self._place.slots[self._back] - HEADER.itemsize)
         self._window.flush(self.target)
         self._back = self._window.swap(self.target, self._place.control, publication(self._back, self._number)) & 3
+        # The receiver's loads from the slot that this brought home are over before it is written.
+        self._window.sync()
 
     def post(self, payload: npt.NDArray[Any], **about: Unpack[About]) -> None:
         """See `Delivery.post`."""

@@ -1,4 +1,4 @@
-"""Progress of the whole run, shown by rank 0: a live line on a terminal, plain lines elsewhere."""
+"""Progress of the whole run, shown by one rank: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

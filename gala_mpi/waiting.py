@@ -1,4 +1,4 @@
-"""Waiting for other ranks: always with a deadline."""
+"""Waiting for other ranks: with a deadline, or for what is sure to come since whoever is silent becomes lost."""
 
 from __future__ import annotations
 

@@ -127,7 +127,8 @@ class Window:
     def _fetch_and_op(self, target: int, offset: int, op: MPI.Op) -> int:
         word, result = [self._word, 1, MPI.INT64_T], [self._result, 1, MPI.INT64_T]
         place = self._shifts[target] + offset
-        if self.polled:
+        if self.polled or self._shared:
+            # No flush here either: it may wait for what other windows have under way (MPICH over libfabric).
             self._win.Rget_accumulate(word, result, target, [place, 1, MPI.INT64_T], op).Wait()
         else:
             self._win.Fetch_and_op(word, result, target, place, op)

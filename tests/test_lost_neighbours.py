@@ -145,10 +145,14 @@ def rank_on(cluster: Cluster, rank: int) -> int:
     return pid
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_survivors_on_other_hosts_finish(cluster: Cluster, mpich: Mpi, victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP), (2, signal.SIGSTOP)]
+)
+def test_survivors_on_other_hosts_finish(
+    cluster: Cluster, mpich: Mpi, victim: int, how: signal.Signals, tmp_path: Path
+) -> None:
     with started(on_cluster(cluster, mpich), tmp_path / "run", 3) as process:
-        os.kill(rank_on(cluster, victim), signal.SIGKILL)
+        os.kill(rank_on(cluster, victim), how)
         assert_survived(finish(process, 90), tmp_path / "run", 3, {victim})
 
 
@@ -169,6 +173,22 @@ def test_a_stopped_rank_on_another_host_comes_back(cluster: Cluster, mpi: Mpi, v
         done = finish(process, 90)
         assert done.returncode == 0, done.stderr
         assert_mixed_again(tmp_path / "run", 3, victim, may_be_held_up=mpi.name == "openmpi")
+
+
+def test_neighbours_inside_a_node_go_on_beside_a_silent_one_elsewhere(
+    cluster: Cluster, mpich: Mpi, tmp_path: Path
+) -> None:
+    """Ranks 0 and 1 share a node, and rank 1 sends to rank 2, which is stopped for a while."""
+    with started(on_cluster(cluster, mpich, 2), tmp_path / "run", 4) as process:
+        stopped = rank_on(cluster, 2)
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(stopped, signal.SIGCONT)
+        done = finish(process, 90)
+        assert done.returncode == 0, done.stderr
+        assert_mixed_again(tmp_path / "run", 4, 2)
+        for rank in (0, 1):
+            assert np.diff(rows(tmp_path / "run", rank, "updates")["time_s"]).max() < 2
 
 
 def test_a_host_that_is_cut_off_for_a_while_is_mixed_with_again(cluster: Cluster, mpi: Mpi, tmp_path: Path) -> None:

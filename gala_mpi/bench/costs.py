@@ -3,7 +3,7 @@
     memcpy      of a message, into shared memory of the kind that a window is made of
     average     the yardstick of `mix`: two reads and one write for each parameter, no checks
     pack        parameters into a narrow wire type
-    post        one message to the first out-neighbour
+    post        one message to the first out-neighbour, its check that it is finite and its packing included
     take        one message from the first in-neighbour: two atomics, no byte of the payload
     mix         of that one message
     exchange    a whole `Gossip.step` that mixes: what the learner's thread pays for one update

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,16 +162,19 @@ def a_rank_that_diverges_while_it_is_waited_for_goes_on_at_once() -> None:
     model = rank_model()
     with gala_mpi.Gossip(model, COMM, neighbour_timeout_s=TIMEOUT_S, max_staleness=0) as gossip:
         longest_s = 0.0
-        post = gossip._post
+        post, posted = gossip.post_and_mix, 0
 
-        def post_and_fall_asleep(*args: object, **options: object) -> None:
-            post(*args, **options)
+        def post_and_fall_asleep(*args: Any) -> bool:
+            nonlocal posted
+            finite = post(*args)
+            posted += finite
             time.sleep(0.2)
+            return finite
 
         if RANK == LAST:
             # As if the system took the processor away: meanwhile the others mix this message and post once more,
             # so that this rank mixes now what they posted before the wait for its next message.
-            gossip._post = post_and_fall_asleep
+            gossip.post_and_mix = post_and_fall_asleep
         for update in range(1, 6):
             diverge_at(4, model, update)
             begin = time.monotonic()
@@ -178,6 +182,30 @@ def a_rank_that_diverges_while_it_is_waited_for_goes_on_at_once() -> None:
             longest_s = max(longest_s, time.monotonic() - begin)
             assert np.isfinite(vector(model)).all()
         assert longest_s < TIMEOUT_S / 3, longest_s
+        assert posted == (4 if RANK == LAST else 0)
+
+
+def a_message_that_is_not_finite_is_not_mixed() -> None:
+    """No rank of this library sends one; a broken one might."""
+    if SIZE == 1:
+        return
+    model = rank_model()
+    for wire in ("float32", "bfloat16"):
+        with gala_mpi.Gossip(model, COMM, wire=wire) as gossip:
+            if RANK == LAST:
+                payload = np.ones(gossip._flat.size, np.float32 if wire == "float32" else np.uint16)
+                payload.view(np.uint8)[-4:] = 0xFF
+                (outbox,) = gossip.outboxes.values()
+                outbox.post(payload, update=1, time_s=time.time(), agent_steps=0, wire=int(wire == "bfloat16"))
+            COMM.Barrier()
+            before = vector(model)
+            if RANK == (LAST + 1) % SIZE:
+                gossip.step()
+                assert gossip.counters.messages_rejected == 1 and gossip.counters.messages_mixed == 0
+                assert gossip.counters.staleness == 1 and gossip.in_neighbours[0].held is None
+                assert np.array_equal(vector(model), before)
+            # What the sender says at its end would replace its message.
+            COMM.Barrier()
 
 
 def a_rank_may_stop_when_it_diverges_and_its_last_message_is_never_mixed() -> None:
@@ -351,6 +379,7 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
     in_lockstep_a_mix_is_the_mixing_matrix_and_keeps_the_mean,
     a_rank_that_diverges_adopts_and_poisons_nobody,
     a_rank_that_diverges_while_it_is_waited_for_goes_on_at_once,
+    a_message_that_is_not_finite_is_not_mixed,
     a_rank_may_stop_when_it_diverges_and_its_last_message_is_never_mixed,
     a_rank_that_ends_early_waits_for_the_others_and_holds_none_up,
     what_cannot_be_used_is_refused_on_all_ranks,
