@@ -49,16 +49,21 @@ def distances(run: Run) -> pd.DataFrame:
 def draw(data: pd.DataFrame, run: Run, path: Path) -> None:
     """Draw every rank's distance, their mean and their greatest."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=150, layout="constrained")
+    # A line through one instant would not show.
+    marker = "o" if data["instant"].nunique() == 1 else None
     for _, rows in data.groupby("rank"):
-        axes.plot(rows["time_s"] / 60, rows["distance_to_mean"], color="#56b4e9", linewidth=0.6, alpha=0.6)
+        minutes = rows["time_s"] / 60
+        axes.plot(minutes, rows["distance_to_mean"], color="#56b4e9", linewidth=0.6, alpha=0.6, marker=marker)
     if data.empty:
         axes.text(0.5, 0.5, "no two ranks have drawn a sketch yet", transform=axes.transAxes, ha="center")
     else:
         by_instant = data.groupby("instant").agg(
             time_s=("time_s", "mean"), mean=("distance_to_mean", "mean"), greatest=("distance_to_mean", "max")
         )
-        axes.plot(by_instant["time_s"] / 60, by_instant["greatest"], color="#d55e00", linewidth=1.6, label="greatest")
-        axes.plot(by_instant["time_s"] / 60, by_instant["mean"], color="#0072b2", linewidth=1.6, label="mean of ranks")
+        for column, color, label in (("greatest", "#d55e00", "greatest"), ("mean", "#0072b2", "mean of ranks")):
+            axes.plot(
+                by_instant["time_s"] / 60, by_instant[column], color=color, linewidth=1.6, label=label, marker=marker
+            )
         axes.legend(frameon=False)
     error = np.sqrt(2 / int(run.attributes("sketches")["dimension"]))
     axes.set_title(f"{run.env_id}, {run.size} ranks: consensus distance (squared: standard error {error:.1%})")
