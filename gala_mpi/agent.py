@@ -201,10 +201,13 @@ class Agent:
         def all_met() -> bool:
             with self._watchdog.limit(4 * self._timeout_s, STUCK):
                 board.come_by()
+                if board.lost:
+                    # Even to start a barrier with a dead rank may take for ever.
+                    return True
                 # The last parameters of this rank have arrived before any rank may free its windows.
-                if not met and self._exchange.arrived(board.lost):
+                if not met and self._exchange.arrived():
                     met.append(self._comm.Ibarrier())
-                return bool(board.lost) or bool(met and met[0].Test())
+                return bool(met) and bool(met[0].Test())
 
         if not wait_until(all_met, 4 * self._timeout_s):
             # All are heard, but one does not come: leave as if it were lost.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -42,8 +42,8 @@ class Exchange(Protocol):
     def finish(self) -> None:
         """Say that this rank's last update is done."""
 
-    def arrived(self, without: Sequence[int]) -> bool:
-        """Whether all that this rank has sent has arrived, but to the ranks in `without`."""
+    def arrived(self) -> bool:
+        """Whether all that this rank has sent has arrived."""
 
     def free(self) -> None:
         """Release what is held. Collective."""
@@ -80,7 +80,7 @@ class NoExchange:
     def finish(self) -> None:
         """Nobody listens."""
 
-    def arrived(self, without: Sequence[int]) -> bool:
+    def arrived(self) -> bool:
         """Nothing was sent."""
         return True
 

@@ -237,10 +237,10 @@ class Gossip:
         state = self._flat.host()
         self._post(state if _native.all_finite(state) else state[:0], self.outboxes, last=True)
 
-    def arrived(self, without: Sequence[int] = ()) -> bool:
-        """Whether all that this rank has sent has arrived, but to the ranks in `without`."""
+    def arrived(self) -> bool:
+        """Whether all that this rank has sent has arrived."""
         self._courier.check()
-        return not any(outbox.pending for target, outbox in self.outboxes.items() if target not in without)
+        return not any(outbox.pending for outbox in self.outboxes.values())
 
     def free(self) -> None:
         """Free the windows, and the courier if it is this object's own. Collective."""
