@@ -115,8 +115,9 @@ def test_ranks_are_found_on_their_hosts_and_end_with_the_cluster(cluster: Cluste
     ranks = [pid for host in cluster.hosts for pid in cluster.ranks(host).values()]
     # The ranks themselves, neither the launcher nor what they started.
     assert all(program in Path(f"/proc/{pid}/cmdline").read_text() for pid in ranks)
+    # At least a launcher on each host, and what each rank started.
+    wait_for(lambda: sum(len(cluster.pids(host)) for host in cluster.hosts) > 2 * len(ranks))
     everything = [pid for host in cluster.hosts for pid in cluster.pids(host)]
-    assert len(everything) > 2 * len(ranks)
     # Neither a stopped process nor a host that is cut off is in the way.
     os.kill(ranks[3], signal.SIGSTOP)
     cluster.cut(cluster.hosts[2])
