@@ -116,7 +116,6 @@ def main() -> int:
         f"--library {args.library}{' --cluster' if args.cluster else ''}",
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, shared with other work",
         "exit_code": done.returncode,
-        "said": done.stdout.splitlines()[-1:],
         "growth": found,
         "growth_of_dev_shm": round(shared, 5),
         "samples": samples,
