@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -157,7 +158,7 @@ class Agent:
                 if on_update is not None:
                     on_update(self._update)
             # What ends this rank ends the others too: they are to see it with their next update.
-            with self._watchdog.limit(4 * self._timeout_s, STUCK):
+            with self._limit():
                 self._board.tell()
         except DivergedError as error:
             diverged = True
@@ -183,23 +184,15 @@ class Agent:
     def _end(self, diverged: bool) -> list[int]:
         """Wait until all ranks are done and have met; those that are lost instead. Collective if there are none."""
         board = self._board
+        met: list[Request] = []
 
-        def come_by() -> bool:
-            with self._watchdog.limit(4 * self._timeout_s, STUCK):
+        def all_done() -> bool:
+            with self._limit():
                 board.come_by()
-            return True
-
-        with self._watchdog.limit(4 * self._timeout_s, STUCK):
-            self._exchange.finish()
-            board.finish(diverged=diverged)
-        # As long as others work and are heard: each of them ends, or falls silent and is lost.
-        wait_until(lambda: come_by() and board.all_done, math.inf)
-        with self._watchdog.limit(4 * self._timeout_s, STUCK):
-            board.meet()
-            met: list[Request] = []
+                return board.all_done
 
         def all_met() -> bool:
-            with self._watchdog.limit(4 * self._timeout_s, STUCK):
+            with self._limit():
                 board.come_by()
                 if board.lost:
                     # Even to start a barrier with a dead rank may take for ever.
@@ -209,10 +202,21 @@ class Agent:
                     met.append(self._comm.Ibarrier())
                 return bool(met) and bool(met[0].Test())
 
+        with self._limit():
+            self._exchange.finish()
+            board.finish(diverged=diverged)
+        # As long as others work and are heard: each of them ends, or falls silent and is lost.
+        wait_until(all_done, math.inf)
+        with self._limit():
+            board.meet()
         if not wait_until(all_met, 4 * self._timeout_s):
             # All are heard, but one does not come: leave as if it were lost.
             return [rank for rank in range(self._comm.size) if rank != self._comm.rank]
         return board.lost
+
+    def _limit(self) -> AbstractContextManager[None]:
+        """The deadline of what calls MPI at the end, and waits for nobody by its own rules."""
+        return self._watchdog.limit(4 * self._timeout_s, STUCK)
 
     def free(self) -> None:
         """Free windows and simulators. Collective; not to be called if a rank is lost."""

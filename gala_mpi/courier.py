@@ -166,17 +166,18 @@ class Courier:
     """
 
     def __init__(self, comm: Intracomm, delivery: str = "auto") -> None:
-        self._leaders = node_leaders(comm)
+        self.leaders = node_leaders(comm)
+        """For each rank the lowest rank of its node."""
         self._rank = comm.rank
         self._delivery = delivery
         if delivery != "inline" and not may_call_from_threads():
             self._delivery = "inline"
-            if comm.rank == 0 and (delivery == "background" or len(set(self._leaders)) > 1):
+            if comm.rank == 0 and (delivery == "background" or len(set(self.leaders)) > 1):
                 log.warning(
                     "this MPI library grants no MPI_THREAD_MULTIPLE, which background delivery needs: messages to "
                     "other nodes go inline and may wait for their target"
                 )
-        self.needed = self._delivery == "background" or (self._delivery == "auto" and len(set(self._leaders)) > 1)
+        self.needed = self._delivery == "background" or (self._delivery == "auto" and len(set(self.leaders)) > 1)
         self._outboxes: list[BackgroundOutbox] = []
         self._ending = threading.Event()
         self._error: BaseException | None = None
@@ -192,21 +193,21 @@ class Courier:
     @property
     def nodes(self) -> list[str]:
         """For each rank the name of its node: equal names mean shared memory."""
-        return [str(leader) for leader in self._leaders]
+        return [str(leader) for leader in self.leaders]
 
     def way(self, source: int, target: int) -> str:
         """How messages from one rank go to another: inline or background."""
         if self._delivery != "auto":
             return self._delivery
-        return "inline" if self._leaders[source] == self._leaders[target] else "background"
+        return "inline" if self.leaders[source] == self.leaders[target] else "background"
 
     def near(self, source: int, target: int) -> bool:
         """Whether messages from one rank go to another through memory that both share."""
-        return self.way(source, target) == "inline" and self._leaders[source] == self._leaders[target]
+        return self.way(source, target) == "inline" and self.leaders[source] == self.leaders[target]
 
     def node_rank(self, rank: int) -> int:
         """The number of a rank in the communicator of its node."""
-        return sum(leader == self._leaders[rank] for leader in self._leaders[:rank])
+        return sum(leader == self.leaders[rank] for leader in self.leaders[:rank])
 
     def way_to(self, target: int) -> str:
         """How messages from this rank go to another: inline or background."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from gala_mpi.courier import Courier
@@ -29,27 +29,25 @@ class Mailboxes:
         self._windows: list[Window] = []
         inboxes: dict[int, Inbox] = {}
         outboxes: dict[int, Delivery] = {}
+
+        def open_ends(window: Window, places: dict[tuple[int, int], Place], outbox: Callable[..., Delivery]) -> None:
+            self._windows.append(window)
+            for (source, target), place in places.items():
+                if target == rank:
+                    inboxes[source] = Inbox(window, place)
+                elif source == rank:
+                    outboxes[target] = outbox(window, target, place)
+
         # What is collective is agreed on without a message: all ranks know all edges.
         if near:
             places, total_bytes = _lay_out(in_edges, near, nbytes)
-            node = cast("Intracomm", comm.Split(int(courier.nodes[rank]), rank))
+            node = cast("Intracomm", comm.Split(courier.leaders[rank], rank))
             window = Window(node, total_bytes[rank], shared=True)
             node.Free()
-            self._windows.append(window)
-            for (source, target), place in places.items():
-                if target == rank:
-                    inboxes[source] = Inbox(window, place)
-                elif source == rank:
-                    outboxes[target] = Outbox(window, courier.node_rank(target), place)
+            open_ends(window, places, lambda window, target, place: Outbox(window, courier.node_rank(target), place))
         if far:
             places, total_bytes = _lay_out(in_edges, far, nbytes)
-            window = Window(comm, total_bytes[rank], polled=courier.needed)
-            self._windows.append(window)
-            for (source, target), place in places.items():
-                if target == rank:
-                    inboxes[source] = Inbox(window, place)
-                elif source == rank:
-                    outboxes[target] = courier.outbox(window, target, place)
+            open_ends(Window(comm, total_bytes[rank], polled=courier.needed), places, courier.outbox)
         self.inboxes = {source: inboxes[source] for source in in_edges[rank]}
         self.outboxes = dict(sorted(outboxes.items()))
         # An inbox sets its control word: no sender may be there before.

@@ -111,7 +111,7 @@ class Window:
     def flush(self, target: int) -> None:
         """Return when all that this rank wrote into the memory of `target` is done there."""
         if self._shared:
-            self._win.Sync()
+            self.sync()
         else:
             self._win.Flush(target)
 

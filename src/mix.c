@@ -231,6 +231,18 @@ struct per_message {
     double *squared;
 };
 
+/* A tile of state <- own * state + sum of the accepted float32 messages, weighted, in order. */
+INLINE void add_messages(size_t begin, size_t count, float *restrict state, float own, size_t messages,
+                         const struct per_message *each, const int *accepted)
+{
+    for (size_t k = 0; k < messages; k++) {
+        if (accepted[k]) {
+            add(count, state + begin, own, each->message[k] + 4 * begin, each->weights[k]);
+            own = 1;
+        }
+    }
+}
+
 /* float32 messages are read where they lie, twice: all distances of a tile come before it is mixed, so that no
  * copy of the state is needed. */
 INLINE void mix_tile_32(size_t begin, size_t count, float *restrict state, float own, size_t messages,
@@ -240,12 +252,7 @@ INLINE void mix_tile_32(size_t begin, size_t count, float *restrict state, float
         if (each->accepted[k])
             each->squared[k] += distance(count, state + begin, each->message[k] + 4 * begin);
     }
-    for (size_t k = 0; k < messages; k++) {
-        if (each->accepted[k]) {
-            add(count, state + begin, own, each->message[k] + 4 * begin, each->weights[k]);
-            own = 1;
-        }
-    }
+    add_messages(begin, count, state, own, messages, each, each->accepted);
 }
 
 /* Narrow messages are unpacked once; a copy of the state serves the distances to those after the first. */
@@ -383,12 +390,7 @@ INLINE enum outcome exchange_tile(size_t begin, size_t count, float *restrict st
         return STATE_NOT_FINITE;
     for (size_t k = 0; k < copies; k++)
         stream(count, state + begin, copy[k] + 4 * begin);
-    for (size_t k = 0; k < messages; k++) {
-        if (accepted[k]) {
-            add(count, state + begin, own, each->message[k] + 4 * begin, each->weights[k]);
-            own = 1;
-        }
-    }
+    add_messages(begin, count, state, own, messages, each, accepted);
     return DONE;
 }
 

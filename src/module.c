@@ -163,6 +163,7 @@ done:
 /* Operands of one mix, each an array of `count` entries in one block of memory. */
 struct operands {
     Py_ssize_t count, taken;
+    PyObject *message_list, *weight_list;
     Py_buffer *views;
     const unsigned char **message;
     double *squared;
@@ -193,6 +194,8 @@ static void free_operands(struct operands *ops)
     PyMem_Free(ops->squared);
     PyMem_Free(ops->weights);
     PyMem_Free(ops->accepted);
+    Py_XDECREF(ops->message_list);
+    Py_XDECREF(ops->weight_list);
 }
 
 static int read_weight(PyObject *object, const char *name, float *weight)
@@ -211,16 +214,20 @@ static int read_operands(struct operands *ops, PyObject *messages, PyObject *wei
                          enum wire wire)
 {
     size_t count = (size_t)state->len / sizeof(float);
-    if (PyList_Size(weights) != PyList_Size(messages)) {
+    ops->message_list = PySequence_List(messages);
+    ops->weight_list = ops->message_list == NULL ? NULL : PySequence_List(weights);
+    if (ops->weight_list == NULL)
+        return -1;
+    if (PyList_Size(ops->weight_list) != PyList_Size(ops->message_list)) {
         PyErr_Format(PyExc_ValueError, "weights: expected one for each of the %zd messages, got %zd",
-                     PyList_Size(messages), PyList_Size(weights));
+                     PyList_Size(ops->message_list), PyList_Size(ops->weight_list));
         return -1;
     }
-    if (allocate(ops, PyList_Size(messages)) < 0)
+    if (allocate(ops, PyList_Size(ops->message_list)) < 0)
         return -1;
     for (Py_ssize_t k = 0; k < ops->count; k++) {
-        if (read_weight(PyList_GetItem(weights, k), "weights", &ops->weights[k]) < 0 ||
-            take_wire(PyList_GetItem(messages, k), "messages", wire, count, 0, &ops->views[k]) < 0)
+        if (read_weight(PyList_GetItem(ops->weight_list, k), "weights", &ops->weights[k]) < 0 ||
+            take_wire(PyList_GetItem(ops->message_list, k), "messages", wire, count, 0, &ops->views[k]) < 0)
             return -1;
         ops->taken++;
         ops->message[k] = ops->views[k].buf;
@@ -271,8 +278,7 @@ PyDoc_STRVAR(mix_doc,
 static PyObject *py_mix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"state", "self_weight", "messages", "weights", "wire", NULL};
-    PyObject *state_object, *self_object, *messages, *weights, *message_list = NULL, *weight_list = NULL;
-    PyObject *result = NULL;
+    PyObject *state_object, *self_object, *messages, *weights, *result = NULL;
     const char *wire_name = "float32";
     enum wire wire;
     float self_weight;
@@ -284,9 +290,7 @@ static PyObject *py_mix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *k
         find_wire(wire_name, &wire) < 0 || read_weight(self_object, "self_weight", &self_weight) < 0 ||
         take_float32(state_object, "state", 1, &state) < 0)
         return NULL;
-    message_list = PySequence_List(messages);
-    weight_list = message_list == NULL ? NULL : PySequence_List(weights);
-    if (weight_list == NULL || read_operands(&ops, message_list, weight_list, &state, wire) < 0)
+    if (read_operands(&ops, messages, weights, &state, wire) < 0)
         goto done;
     double own = PyFloat_AsDouble(self_object);
     Py_BEGIN_ALLOW_THREADS
@@ -296,8 +300,6 @@ static PyObject *py_mix(PyObject *Py_UNUSED(module), PyObject *args, PyObject *k
 done:
     free_operands(&ops);
     PyBuffer_Release(&state);
-    Py_XDECREF(message_list);
-    Py_XDECREF(weight_list);
     return result;
 }
 
@@ -314,7 +316,7 @@ static PyObject *py_exchange(PyObject *Py_UNUSED(module), PyObject *args, PyObje
 {
     static char *names[] = {"state", "copies", "self_weight", "messages", "weights", NULL};
     PyObject *state_object, *self_object, *messages, *weights, *copies;
-    PyObject *message_list = NULL, *weight_list = NULL, *copy_list = NULL, *mixed = NULL, *result = NULL;
+    PyObject *copy_list = NULL, *mixed = NULL, *result = NULL;
     float self_weight;
     Py_buffer state, *views = NULL;
     Py_ssize_t taken = 0, wanted = 0;
@@ -328,10 +330,10 @@ static PyObject *py_exchange(PyObject *Py_UNUSED(module), PyObject *args, PyObje
         take_float32(state_object, "state", 1, &state) < 0)
         return NULL;
     size_t count = (size_t)state.len / sizeof(float);
-    message_list = PySequence_List(messages);
-    weight_list = message_list == NULL ? NULL : PySequence_List(weights);
-    copy_list = weight_list == NULL ? NULL : PySequence_List(copies);
-    if (copy_list == NULL || read_operands(&ops, message_list, weight_list, &state, WIRE_FLOAT32) < 0)
+    if (read_operands(&ops, messages, weights, &state, WIRE_FLOAT32) < 0)
+        goto done;
+    copy_list = PySequence_List(copies);
+    if (copy_list == NULL)
         goto done;
     wanted = PyList_Size(copy_list);
     if (wanted == 0) {
@@ -375,8 +377,6 @@ done:
     PyMem_Free(copy);
     free_operands(&ops);
     PyBuffer_Release(&state);
-    Py_XDECREF(message_list);
-    Py_XDECREF(weight_list);
     Py_XDECREF(copy_list);
     return result;
 }
