@@ -10,7 +10,7 @@ permutation of 0, 1, 2, so no slot is ever written and read at once, and neither
     slot back    the sender: stores, done at Win_sync,   nobody
                  or a Put, done at its Flush
     slot front   nobody                                  the receiver, by plain loads
-    control      sender and receiver: Fetch_and_op       the same two
+    control      sender and receiver: an atomic swap     the same two
 
 The sender's Win_sync (in a window that is shared inside a node) or Flush orders what it wrote before the swap that
 publishes it; the receiver's swap, flushed, and Win_sync order that publication before its loads, and its loads before

@@ -1,8 +1,9 @@
 """A block of memory on every rank that the others reach by one-sided MPI, without its owner's help.
 
 One `MPI.Win.Allocate`, or `Allocate_shared` inside a node, one `Lock_all(MODE_NOCHECK)` for the window's whole life,
-no other lock ever (MPI-4.1, sections 12.5 and 12.7). Control words are touched only through MPI's own atomics, by
-their owner too: MPI atomics are atomic against each other, never against a load or store of the processor.
+no other lock ever (MPI-4.1, sections 12.5 and 12.7). Control words are touched only through atomics of one kind, by
+their owner too: the processor's own where all ranks share the memory, else MPI's. Those are atomic against each other,
+never against a load or store of the processor.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
+
+from gala_mpi import _native
 
 PAGE_BYTES = 4096
 WORD_BYTES = 8
@@ -47,9 +50,9 @@ class Window:
     for its own request alone. A flush, which may wait for all that the process has started, towards dead ranks too, and
     with the library locked (MPICH over libfabric), is not for it.
 
-    A `shared` window is one over ranks of one node: what a rank writes it stores there itself. Stores, then Win_sync,
-    then an MPI atomic on one side; the atomic, then Win_sync, then loads on the other: so the loads see the stores
-    (MPI-4.1, section 12.7).
+    A `shared` window is one over ranks of one node: what a rank writes it stores there itself, and its atomics are the
+    processor's. Stores, then Win_sync, then an atomic on one side; the atomic, then Win_sync, then loads on the other:
+    so the loads see the stores, by MPI-4.1, section 12.7, and by C11 too, as the atomics are sequentially consistent.
     """
 
     def __init__(self, comm: MPI.Intracomm, nbytes: int, *, polled: bool = False, shared: bool = False) -> None:
@@ -117,18 +120,21 @@ class Window:
 
     def swap(self, target: int, offset: int, value: int) -> int:
         """Atomically write a control word, and return what was there before."""
+        if self._shared:
+            return _native.swap(self._shared[target][offset : offset + WORD_BYTES], value)
         self._word[0] = value
         return self._fetch_and_op(target, offset, MPI.REPLACE)
 
     def load(self, target: int, offset: int) -> int:
         """Atomically read a control word."""
+        if self._shared:
+            return _native.load(self._shared[target][offset : offset + WORD_BYTES])
         return self._fetch_and_op(target, offset, MPI.NO_OP)
 
     def _fetch_and_op(self, target: int, offset: int, op: MPI.Op) -> int:
         word, result = [self._word, 1, MPI.INT64_T], [self._result, 1, MPI.INT64_T]
         place = self._shifts[target] + offset
-        if self.polled or self._shared:
-            # No flush here either: it may wait for what other windows have under way (MPICH over libfabric).
+        if self.polled:
             self._win.Rget_accumulate(word, result, target, [place, 1, MPI.INT64_T], op).Wait()
         else:
             self._win.Fetch_and_op(word, result, target, place, op)

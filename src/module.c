@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <math.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -518,6 +519,61 @@ static PyObject *py_checksum(PyObject *Py_UNUSED(module), PyObject *object)
     return PyLong_FromUnsignedLongLong(sum);
 }
 
+/* Words that several processes share: their atomics must be the processor's own, not a lock inside one process. */
+_Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && sizeof(_Atomic long long) == sizeof(int64_t),
+               "64-bit atomics are not lock-free here");
+
+static _Atomic long long *take_word(PyObject *object, int writable, Py_buffer *view)
+{
+    if (take(object, "word", "Blq", writable, view) < 0)
+        return NULL;
+    if (view->len == sizeof(int64_t) && (uintptr_t)view->buf % sizeof(int64_t) == 0)
+        return view->buf;
+    PyErr_Format(PyExc_ValueError, "word: expected 8 bytes at a multiple of 8, got %zd", view->len);
+    PyBuffer_Release(view);
+    return NULL;
+}
+
+PyDoc_STRVAR(swap_doc,
+"swap(word, value)\n--\n\n"
+"Atomically write a 64-bit integer in memory that processes share, and return what was there before.\n\n"
+"word: writable buffer of 8 bytes, at a multiple of 8. Stores of this thread before it are seen by whoever sees\n"
+"`value`, through `swap` or `load`; loads after it see what came before the value that it returns. Raises TypeError,\n"
+"ValueError or OverflowError. Local.");
+
+static PyObject *py_swap(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"word", "value", NULL};
+    PyObject *object;
+    long long value;
+    Py_buffer view;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OL", names, &object, &value))
+        return NULL;
+    _Atomic long long *word = take_word(object, 1, &view);
+    if (word == NULL)
+        return NULL;
+    long long before = atomic_exchange(word, value);
+    PyBuffer_Release(&view);
+    return PyLong_FromLongLong(before);
+}
+
+PyDoc_STRVAR(load_doc,
+"load(word)\n--\n\n"
+"Atomically read a 64-bit integer in memory that processes share; see `swap`.\n\n"
+"word: buffer of 8 bytes, at a multiple of 8. Raises TypeError or ValueError. Local.");
+
+static PyObject *py_load(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    Py_buffer view;
+    _Atomic long long *word = take_word(object, 0, &view);
+    if (word == NULL)
+        return NULL;
+    long long value = atomic_load(word);
+    PyBuffer_Release(&view);
+    return PyLong_FromLongLong(value);
+}
+
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"mix", (PyCFunction)(void (*)(void))py_mix, METH_VARARGS | METH_KEYWORDS, mix_doc},
@@ -525,6 +581,8 @@ static PyMethodDef methods[] = {
     {"all_finite", (PyCFunction)(void (*)(void))py_all_finite, METH_VARARGS | METH_KEYWORDS, all_finite_doc},
     {"average", (PyCFunction)(void (*)(void))py_average, METH_VARARGS | METH_KEYWORDS, average_doc},
     {"checksum", py_checksum, METH_O, checksum_doc},
+    {"swap", (PyCFunction)(void (*)(void))py_swap, METH_VARARGS | METH_KEYWORDS, swap_doc},
+    {"load", py_load, METH_O, load_doc},
     {"sketch", (PyCFunction)(void (*)(void))py_sketch, METH_VARARGS | METH_KEYWORDS, sketch_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -551,7 +609,8 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gala_mpi._native",
-    .m_doc = "Kernels over flat parameters: pack, mix, exchange, all_finite, average, checksum and sketch.",
+    .m_doc = "Kernels over flat parameters: pack, mix, exchange, all_finite, average, checksum and sketch. Atomics on a\n"
+             "word that processes share: swap and load.",
     .m_methods = methods,
     .m_slots = slots,
 };

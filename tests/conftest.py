@@ -23,6 +23,7 @@ from cluster import Cluster, ClusterUnavailable
 ROOT = Path(__file__).resolve().parent.parent
 # Absolute, as tests change the folder; not resolved, as an environment is where its link to Python lies.
 SECOND_ENV = Path(os.environ.get("GALA_MPI_SECOND_ENV", ROOT / ".venv-openmpi")).absolute()
+LAUNCHER_FAILED = "The PMIx server's listener thread failed to start."
 LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "PRTE_", "OMPI_", "MPIR_CVAR_", "HYDRA_", "SLURM_", "FI_", "UCX_")
 
 
@@ -72,9 +73,14 @@ class Mpi:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run Python with `args` on `size` ranks to its end; fails the test if that takes over `timeout_s`."""
-        process = self.start(size, *args, env=env, cwd=cwd)
-        return finish(process, timeout_s)
+        """Run Python with `args` on `size` ranks to its end; fails the test if that takes over `timeout_s`.
+
+        Open MPI's launcher now and then finds no port to listen on, and gives up before it starts a rank: then again.
+        """
+        ended = finish(self.start(size, *args, env=env, cwd=cwd), timeout_s)
+        if ended.returncode != 0 and LAUNCHER_FAILED in ended.stderr:
+            ended = finish(self.start(size, *args, env=env, cwd=cwd), timeout_s)
+        return ended
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import native_reference as reference
@@ -469,3 +472,62 @@ def test_checksum_refuses_what_is_not_bytes() -> None:
         _native.checksum(np.zeros(4, np.float32))
     with pytest.raises(ValueError, match="contiguous"):
         _native.checksum(np.zeros(8, np.uint8)[::2])
+
+
+def test_swap_and_load_of_a_word() -> None:
+    memory = np.zeros(24, np.uint8)
+    memory[8:16].view(np.int64)[0] = 41
+    assert _native.swap(memory[8:16], -(2**63)) == 41
+    assert _native.load(memory[8:16]) == -(2**63)
+    assert _native.swap(memory[8:16].view(np.int64), 2**63 - 1) == -(2**63)
+    assert not memory[:8].any() and not memory[16:].any()
+
+
+def swap_in(name: str, values: range) -> list[int]:
+    """Swap the values into the word that shared memory begins with; what came out for each."""
+    memory = SharedMemory(name)
+    word = np.frombuffer(memory.buf, np.int64, 1)
+    got = [_native.swap(word, value) for value in values]
+    del word
+    memory.close()
+    return got
+
+
+def test_swap_loses_nothing_between_processes() -> None:
+    """Each of the values that processes swap in comes out once, or is left."""
+    memory = SharedMemory(create=True, size=8)
+    try:
+        parts = [range(first, 1 + 200_000, 2) for first in (1, 2)]
+        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            got = [part.result() for part in [pool.submit(swap_in, memory.name, part) for part in parts]]
+        left = _native.load(memory.buf[:8])
+    finally:
+        memory.unlink()
+    assert sorted([*got[0], *got[1], left]) == list(range(1 + 200_000))
+
+
+@pytest.mark.parametrize(
+    ("word", "error"),
+    [
+        (np.zeros(8, np.float32), TypeError),
+        (np.zeros(2, np.int64), ValueError),
+        (np.zeros(4, np.uint8), ValueError),
+        (np.zeros(16, np.uint8)[4:12], ValueError),
+        (3, TypeError),
+    ],
+)
+def test_swap_and_load_refuse_what_is_no_word(word: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="word"):
+        _native.swap(word, 1)
+    with pytest.raises(error, match="word"):
+        _native.load(word)
+
+
+def test_swap_refuses_read_only_memory_and_wide_values() -> None:
+    word = np.zeros(1, np.int64)
+    with pytest.raises(OverflowError):
+        _native.swap(word, 2**63)
+    word.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        _native.swap(word, 1)
+    assert _native.load(word) == 0
