@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gala_mpi import _native
 from gala_mpi.config import LearnerConfig
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.rollout import Rollout, n_step_returns
@@ -44,11 +45,17 @@ def _variance(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return (weight * (values - (weight * values).sum()).square()).sum()
 
 
+@torch.no_grad()
+def _explained_variance(rollout: Rollout, returns: torch.Tensor) -> torch.Tensor:
+    unexplained = _variance(returns - rollout.values, rollout.valid)
+    return 1 - unexplained / _variance(returns, rollout.valid).clamp(min=1e-12)
+
+
 class Learner:
     """RMSprop on the flat parameters, with the norm of the gradient bounded.
 
     `average_gradient`, if given, is called on the flat gradient (n,) between its computation and its use:
-    the place of a synchronous all-reduce.
+    the place of a synchronous all-reduce. `mean_square` (n,) is the optimiser's state.
     """
 
     def __init__(
@@ -60,18 +67,17 @@ class Learner:
     ) -> None:
         self._flat, self._config, self._learning_rate = flat, config, learning_rate
         self._average_gradient = average_gradient
-        self._optimizer = torch.optim.RMSprop(
-            [flat.parameter], lr=learning_rate, alpha=config.rmsprop_alpha, eps=config.rmsprop_epsilon
-        )
+        self.mean_square = torch.zeros_like(flat.data)
 
     def forget(self) -> None:
         """Reset the optimiser's state, as after parameters that were not finite."""
-        self._optimizer.state.clear()
+        self.mean_square.zero_()
 
     def update(self, rollout: Rollout, progress: float, *, measure: bool) -> Losses:
         """One step on `rollout`; `progress` in [0, 1] is how much of the budget is spent.
 
-        Only with `measure` is the norm of the parameters' change computed: it costs a copy of them.
+        Only with `measure` are the norm of the parameters' change, which costs a copy of them, and the explained
+        variance computed; else they are 0.
         """
         flat, config = self._flat, self._config
         flat.grad.zero_()
@@ -80,18 +86,29 @@ class Learner:
         if self._average_gradient is not None:
             self._average_gradient(flat.grad)
         grad_norm = torch.linalg.vector_norm(flat.grad)
-        flat.grad.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
+        learning_rate = self._learning_rate
         if config.learning_rate_decay == "linear":
-            self._optimizer.param_groups[0]["lr"] = self._learning_rate * max(1 - progress, 0)
+            learning_rate *= max(1 - progress, 0)
         before = flat.data.clone() if measure else flat.data
-        self._optimizer.step()
-        with torch.no_grad():
-            unexplained = _variance(returns - rollout.values, rollout.valid)
-            return Losses(
-                policy_loss=policy_loss.detach(),
-                value_loss=value_loss.detach(),
-                entropy=entropy.detach(),
-                grad_norm=grad_norm,
-                explained_variance=1 - unexplained / _variance(returns, rollout.valid).clamp(min=1e-12),
-                update_norm=torch.linalg.vector_norm(flat.data - before) if measure else returns.new_zeros(()),
-            )
+        self._step((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1), learning_rate)
+        zero = returns.new_zeros(())
+        return Losses(
+            policy_loss=policy_loss.detach(),
+            value_loss=value_loss.detach(),
+            entropy=entropy.detach(),
+            grad_norm=grad_norm,
+            explained_variance=_explained_variance(rollout, returns) if measure else zero,
+            update_norm=torch.linalg.vector_norm(flat.data - before) if measure else zero,
+        )
+
+    def _step(self, scale: torch.Tensor, learning_rate: float) -> None:
+        """One step of RMSprop on the gradient times `scale`."""
+        data, grad, square = self._flat.data, self._flat.grad, self.mean_square
+        alpha, epsilon = self._config.rmsprop_alpha, self._config.rmsprop_epsilon
+        if data.device.type == "cpu":
+            arrays = data.numpy(), grad.numpy(), square.numpy()
+            _native.rmsprop(*arrays, float(scale), learning_rate, alpha, epsilon)
+        else:
+            grad.mul_(scale)
+            square.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+            data.addcdiv_(grad, square.sqrt().add_(epsilon), value=-learning_rate)

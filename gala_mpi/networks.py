@@ -5,6 +5,7 @@ Layers are orthogonal, of gain sqrt(2) in the bodies, 0.01 at the logits and 1 a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -13,13 +14,36 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from gala_mpi import _native
+
 
 class Policy(nn.Module, ABC):
-    """What acts and is learned: `forward` gives logits (N, actions) and values (N,) of observations (N, ...)."""
+    """What acts and is learned: logits (N, actions) and values (N,) of observations (N, ...).
+
+    The outputs of `networks`, which all work on the same inputs, stand side by side: the logits, and last the value.
+    """
+
+    actions: int
+
+    @property
+    @abstractmethod
+    def networks(self) -> Sequence[Sequence[nn.Module]]:
+        """The modules of each network, in order; the last is linear."""
 
     @abstractmethod
+    def prepare(self, observations: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Write into `inputs` what the networks work on."""
+
+    def make_inputs(self, rows: int, shape: Sequence[int]) -> torch.Tensor:
+        """Room for what `prepare` makes of as many observations of a shape."""
+        return torch.zeros(rows, *shape, device=next(self.parameters()).device)
+
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and values of observations as the simulators give them."""
+        inputs = self.make_inputs(len(observations), observations.shape[1:])
+        self.prepare(observations, inputs)
+        out = torch.cat([functools.reduce(lambda x, module: module(x), net, inputs) for net in self.networks], 1)
+        return out[:, :-1], out[:, -1]
 
 
 class AtariPolicy(Policy):
@@ -30,6 +54,7 @@ class AtariPolicy(Policy):
 
     def __init__(self, actions: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.actions = actions
         self.body = nn.Sequential(
             nn.Conv2d(4, 32, 8, stride=4),
             nn.ReLU(),
@@ -52,11 +77,21 @@ class AtariPolicy(Policy):
         # channels_last takes a quarter to a third off the convolutions on a CPU.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and values of frames."""
-        scaled = observations.to(torch.float32, memory_format=torch.channels_last).div_(255)
-        out = self.head(self.body(scaled))
-        return out[:, :-1], out[:, -1]
+    @property
+    def networks(self) -> Sequence[Sequence[nn.Module]]:
+        """One for both heads."""
+        return ([*self.body, self.head],)
+
+    def make_inputs(self, rows: int, shape: Sequence[int]) -> torch.Tensor:
+        """Frames with channels last."""
+        return super().make_inputs(rows, shape).to(memory_format=torch.channels_last)
+
+    def prepare(self, observations: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Scale frames."""
+        if observations.dtype == torch.uint8 and observations.device.type == "cpu":
+            _native.scale_frames(observations.numpy(), inputs.permute(0, 2, 3, 1).numpy())
+        else:
+            inputs.copy_(observations).div_(255)
 
 
 class MLPPolicy(Policy):
@@ -67,13 +102,18 @@ class MLPPolicy(Policy):
 
     def __init__(self, inputs: int, hidden: Sequence[int], actions: int, generator: torch.Generator) -> None:
         super().__init__()
+        self.actions = actions
         self.actor = nn.Sequential(*_layers((inputs, *hidden, actions), 0.01, generator))
         self.critic = nn.Sequential(*_layers((inputs, *hidden, 1), 1.0, generator))
 
-    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and values of flat observations."""
-        flat = observations.float()
-        return self.actor(flat), self.critic(flat).squeeze(1)
+    @property
+    def networks(self) -> Sequence[Sequence[nn.Module]]:
+        """The actor's and the critic's."""
+        return ([*self.actor], [*self.critic])
+
+    def prepare(self, observations: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Take observations of any type as they are."""
+        inputs.copy_(observations)
 
 
 def _layers(widths: Sequence[int], last_gain: float, generator: torch.Generator) -> Iterator[nn.Module]:

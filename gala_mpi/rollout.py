@@ -1,8 +1,4 @@
-"""Rollouts: T steps of N simulators, with the policy's graph kept for the loss.
-
-In A2C the loss is differentiated at the very parameters that chose the actions, so the forward passes of the
-rollout serve the update as well: nothing is computed twice and no observation is stored.
-"""
+"""Rollouts: T steps of N simulators, with the policy's passes on a tape for the loss."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ import torch
 
 from gala_mpi.environments import Episode, Simulators
 from gala_mpi.networks import Policy
+from gala_mpi.tape import Tape
 
 
 @dataclass
@@ -49,6 +46,11 @@ def n_step_returns(rollout: Rollout, gamma: float) -> torch.Tensor:
     return returns
 
 
+def draw_actions(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Actions (N,) drawn by the softmax of logits (N, actions): the largest of them, each with Gumbel noise."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log_()).argmax(1)
+
+
 class Collector:
     """Steps a rank's simulators with its policy. The simulators go on where the last rollout ended."""
 
@@ -56,26 +58,23 @@ class Collector:
         self._simulators, self._policy, self._steps = simulators, policy, steps
         self._generator = generator
         self._device = next(policy.parameters()).device
-        self._observations = self._upload(simulators.reset(seed))
+        observations = simulators.reset(seed)
+        self._tape = Tape(policy, steps, simulators.count, observations.shape[1:])
+        self._actions = torch.zeros(steps, simulators.count, dtype=torch.int64, device=self._device)
+        self._observations = self._upload(observations)
 
     def _upload(self, array: object) -> torch.Tensor:
         return torch.from_numpy(np.asarray(array)).to(self._device)
 
     def collect(self) -> Rollout:
         """Take T steps in every simulator."""
-        columns: dict[str, list[torch.Tensor]] = {name: [] for name in ("log_probs", "values", "entropies")}
         arrays: dict[str, list[np.ndarray]] = {n: [] for n in ("rewards", "terminated", "truncated", "valid")}
         truncated_values = torch.zeros(self._steps, self._simulators.count, device=self._device)
         episodes: list[Episode] = []
         for t in range(self._steps):
-            logits, values = self._policy(self._observations)
-            log_policy = torch.log_softmax(logits, dim=1)
-            probabilities = log_policy.exp()
-            actions = torch.multinomial(probabilities.detach(), 1, generator=self._generator)
-            step = self._simulators.step(actions.squeeze(1).cpu().numpy())
-            columns["log_probs"].append(log_policy.gather(1, actions).squeeze(1))
-            columns["values"].append(values)
-            columns["entropies"].append(-(probabilities * log_policy).sum(1))
+            logits, _ = self._tape.forward(t, self._observations)
+            self._actions[t] = draw_actions(logits, self._generator)
+            step = self._simulators.step(self._actions[t].cpu().numpy())
             for name, column in arrays.items():
                 column.append(getattr(step, name))
             if step.final_observations is not None:
@@ -84,11 +83,16 @@ class Collector:
                 )
             episodes += step.episodes
             self._observations = self._upload(step.observations)
+        _, last_values = self._tape.forward(self._steps, self._observations)
+        logits, values = self._tape.replay()
+        log_policy = torch.log_softmax(logits, dim=2)
         return Rollout(
-            **{name: torch.stack(column) for name, column in columns.items()},
+            log_probs=log_policy.gather(2, self._actions.unsqueeze(2)).squeeze(2),
+            values=values,
+            entropies=-(log_policy.exp() * log_policy).sum(2),
             **{name: self._upload(np.stack(column)) for name, column in arrays.items()},
             truncated_values=truncated_values,
-            last_values=self._value(self._observations),
+            last_values=last_values.clone(),
             episodes=episodes,
         )
 

@@ -7,18 +7,7 @@
 #include <emmintrin.h>
 #endif
 
-#ifdef HAS_TARGET_CLONES
-#define MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define MULTIVERSION
-#endif
-
-/* A function that each instruction set's kernel compiles anew, as part of itself. */
-#ifdef __GNUC__
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
+#include "multiversion.h"
 
 /* Values are mixed a tile at a time. A tile is small, so that the processor fetches the next one from memory while
  * it computes: tiles of 256 values made mixing a fifth slower, those of 1024 half as slow again. */

@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "learn.h"
 #include "mix.h"
 
 static const char *const wire_names[WIRE_COUNT] = {"float32", "bfloat16", "float16"};
@@ -519,6 +520,87 @@ static PyObject *py_checksum(PyObject *Py_UNUSED(module), PyObject *object)
     return PyLong_FromUnsignedLongLong(sum);
 }
 
+PyDoc_STRVAR(scale_frames_doc,
+"scale_frames(frames, out)\n--\n\n"
+"out <- frames / 255, with the planes of a pixel side by side.\n\n"
+"frames: C-contiguous bytes (n, planes, height, width). out: writable C-contiguous float32 buffer (n, height, width,\n"
+"planes). Raises TypeError for a wrong type, ValueError for a wrong shape, layout or overlap. Local.");
+
+static PyObject *py_scale_frames(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"frames", "out", NULL};
+    PyObject *frames_object, *out_object, *result = NULL;
+    Py_buffer frames, out;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &frames_object, &out_object) ||
+        take(frames_object, "frames", "B", 0, &frames) < 0)
+        return NULL;
+    if (take_float32(out_object, "out", 1, &out) < 0) {
+        PyBuffer_Release(&frames);
+        return NULL;
+    }
+    const Py_ssize_t *in_shape = frames.shape, *out_shape = out.shape;
+    if (frames.ndim != 4 || out.ndim != 4 || out_shape[0] != in_shape[0] || out_shape[1] != in_shape[2] ||
+        out_shape[2] != in_shape[3] || out_shape[3] != in_shape[1])
+        PyErr_SetString(PyExc_ValueError,
+                        "out: expected the shape (n, height, width, planes) for frames (n, planes, height, width)");
+    else if (refuse_overlap("out", "frames", &out, &frames) == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        scale_frames((size_t)in_shape[0], (size_t)in_shape[1], (size_t)(in_shape[2] * in_shape[3]), frames.buf,
+                     out.buf);
+        Py_END_ALLOW_THREADS
+        result = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&frames);
+    return result;
+}
+
+PyDoc_STRVAR(rmsprop_doc,
+"rmsprop(data, grad, square, scale, learning_rate, alpha, epsilon)\n--\n\n"
+"One step of RMSprop on `scale` times the gradient, in place.\n\n"
+"data, square: writable float32 buffers (n,), the parameters and the running mean of squares; grad: float32 buffer\n"
+"(n,). square <- alpha * square + (1 - alpha) * g * g, then data <- data - learning_rate * g / (sqrt(square) +\n"
+"epsilon), as torch.optim.RMSprop. Raises TypeError for a wrong type, ValueError for a wrong length, layout or\n"
+"overlap. Local.");
+
+static PyObject *py_rmsprop(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"data", "grad", "square", "scale", "learning_rate", "alpha", "epsilon", NULL};
+    static const char *const buffer_names[] = {"data", "grad", "square"};
+    PyObject *objects[3], *result = NULL;
+    float scale, learning_rate, alpha, epsilon;
+    Py_buffer views[3];
+    int taken = 0;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOffff", names, &objects[0], &objects[1], &objects[2], &scale,
+                                     &learning_rate, &alpha, &epsilon))
+        return NULL;
+    for (; taken < 3; taken++) {
+        if (take_float32(objects[taken], buffer_names[taken], taken != 1, &views[taken]) < 0)
+            goto done;
+        int wrong = views[taken].len != views[0].len;
+        if (wrong)
+            PyErr_Format(PyExc_ValueError, "%s: expected %zd bytes, as data has, got %zd", buffer_names[taken],
+                         views[0].len, views[taken].len);
+        for (int k = 0; !wrong && k < taken; k++)
+            wrong = refuse_overlap(buffer_names[taken], buffer_names[k], &views[taken], &views[k]);
+        if (wrong) {
+            taken++;
+            goto done;
+        }
+    }
+    Py_BEGIN_ALLOW_THREADS
+    rmsprop((size_t)views[0].len / sizeof(float), views[0].buf, views[1].buf, views[2].buf, scale, learning_rate,
+            alpha, epsilon);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+done:
+    while (taken-- > 0)
+        PyBuffer_Release(&views[taken]);
+    return result;
+}
+
 /* Words that several processes share: their atomics must be the processor's own, not a lock inside one process. */
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && sizeof(_Atomic long long) == sizeof(int64_t),
                "64-bit atomics are not lock-free here");
@@ -581,6 +663,8 @@ static PyMethodDef methods[] = {
     {"all_finite", (PyCFunction)(void (*)(void))py_all_finite, METH_VARARGS | METH_KEYWORDS, all_finite_doc},
     {"average", (PyCFunction)(void (*)(void))py_average, METH_VARARGS | METH_KEYWORDS, average_doc},
     {"checksum", py_checksum, METH_O, checksum_doc},
+    {"scale_frames", (PyCFunction)(void (*)(void))py_scale_frames, METH_VARARGS | METH_KEYWORDS, scale_frames_doc},
+    {"rmsprop", (PyCFunction)(void (*)(void))py_rmsprop, METH_VARARGS | METH_KEYWORDS, rmsprop_doc},
     {"swap", (PyCFunction)(void (*)(void))py_swap, METH_VARARGS | METH_KEYWORDS, swap_doc},
     {"load", py_load, METH_O, load_doc},
     {"sketch", (PyCFunction)(void (*)(void))py_sketch, METH_VARARGS | METH_KEYWORDS, sketch_doc},
@@ -609,8 +693,8 @@ static PyModuleDef_Slot slots[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gala_mpi._native",
-    .m_doc = "Kernels over flat parameters: pack, mix, exchange, all_finite, average, checksum and sketch. Atomics on a\n"
-             "word that processes share: swap and load.",
+    .m_doc = "Kernels over flat parameters: pack, mix, exchange, all_finite, average, checksum, sketch and rmsprop; and\n"
+             "scale_frames. Atomics on a word that processes share: swap and load.",
     .m_methods = methods,
     .m_slots = slots,
 };

@@ -84,7 +84,7 @@ def test_what_a_row_that_is_not_valid_holds_changes_nothing(size: float) -> None
     assert torch.equal(results[0].detach(), results[1].detach())
 
 
-class Tape:
+class Remembering:
     """Simulators that remember observations and actions for the plain implementation."""
 
     def __init__(self, simulators: Simulators) -> None:
@@ -106,7 +106,7 @@ class Tape:
         return step
 
 
-def plain_update(policy: Policy, optimizer: torch.optim.Optimizer, tape: Tape, config: LearnerConfig) -> None:
+def plain_update(policy: Policy, optimizer: torch.optim.Optimizer, tape: Remembering, config: LearnerConfig) -> None:
     """A2C as in a textbook: forward over stored observations, returns by a loop, norm clipped, one step.
 
     Rows that are not valid are taken out, rather than weighted by zero.
@@ -177,7 +177,7 @@ def test_updates_give_the_parameters_of_a_plain_implementation(env: str, updates
             return AtariPolicy(6, generator)
         return MLPPolicy(simulators.observation_shape[0], (64, 64), simulators.actions, generator)
 
-    tape = Tape(simulators)
+    tape = Remembering(simulators)
     policy, plain = network(), network()
     learner = Learner(FlatParameters(policy), config, 7e-4)
     optimizer = torch.optim.RMSprop(plain.parameters(), lr=7e-4, alpha=config.rmsprop_alpha, eps=config.rmsprop_epsilon)
@@ -245,13 +245,17 @@ def test_the_gradient_is_averaged_before_it_is_clipped() -> None:
     losses = learner.update(collector.collect(), 0.0, measure=False)
     assert len(seen) == 1 and seen[0].shape == (flat.size,)
     torch.testing.assert_close(losses.grad_norm, 1000 * seen[0].norm())
-    torch.testing.assert_close(flat.grad.norm(), torch.tensor(0.5), rtol=1e-4, atol=0)
+    # The optimiser's first mean square is a share of the gradient that it took.
+    taken = (learner.mean_square.sum() / (1 - config.rmsprop_alpha)).sqrt()
+    torch.testing.assert_close(taken, torch.tensor(0.5), rtol=1e-4, atol=0)
 
 
 def test_a_short_gradient_is_left_as_it_is() -> None:
-    learner, flat, collector = small_learner(dataclasses.replace(LearnerConfig(), max_grad_norm=1e6))
+    config = dataclasses.replace(LearnerConfig(), max_grad_norm=1e6)
+    learner, flat, collector = small_learner(config)
     losses = learner.update(collector.collect(), 0.0, measure=False)
     torch.testing.assert_close(flat.grad.norm(), losses.grad_norm, rtol=0, atol=0)
+    torch.testing.assert_close(learner.mean_square, (1 - config.rmsprop_alpha) * flat.grad.square())
 
 
 def test_the_optimiser_takes_the_averaged_gradient_once_an_update() -> None:
@@ -277,7 +281,7 @@ def test_the_optimiser_takes_the_averaged_gradient_once_an_update() -> None:
 
 def explained(rollout: Rollout) -> float:
     learner, _, _ = small_learner(CONFIG)
-    return learner.update(rollout, 0.0, measure=False).explained_variance.item()
+    return learner.update(rollout, 0.0, measure=True).explained_variance.item()
 
 
 def test_the_explained_variance_worked_out_by_hand() -> None:
@@ -303,3 +307,19 @@ def test_one_step_of_one_simulator_is_a_rollout() -> None:
     losses = learner.update(Collector(simulators, policy, 1, 1, torch.Generator()).collect(), 0.0, measure=True)
     # Nothing varies, so nothing can be said of the variance; but neither a warning nor an infinity.
     assert losses.update_norm > 0 and not torch.isinf(losses.explained_variance)
+
+
+@pytest.mark.parametrize("decay", ["linear", "none"])
+def test_the_step_is_that_of_torchs_rmsprop(decay: str) -> None:
+    """Over many updates, to rounding, with the clip as torch has it."""
+    config = LearnerConfig(learning_rate_decay=decay, max_grad_norm=0.01)
+    learner, flat, collector = small_learner(config)
+    theirs = torch.nn.Parameter(flat.data.clone())
+    optimizer = torch.optim.RMSprop([theirs], lr=1e-2, alpha=config.rmsprop_alpha, eps=config.rmsprop_epsilon)
+    for update in range(30):
+        learner.update(collector.collect(), update / 40, measure=False)
+        theirs.grad = flat.grad.clone()
+        torch.nn.utils.clip_grad_norm_([theirs], config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - update / 40 if decay == "linear" else 1)
+        optimizer.step()
+        torch.testing.assert_close(flat.data, theirs.detach(), rtol=1e-5, atol=1e-6)

@@ -531,3 +531,59 @@ def test_swap_refuses_read_only_memory_and_wide_values() -> None:
     with pytest.raises(ValueError, match="read-only"):
         _native.swap(word, 1)
     assert _native.load(word) == 0
+
+
+@pytest.mark.parametrize("planes", [1, 3, 4, 5])
+@pytest.mark.parametrize("side", [1, 7, 8, 84])
+def test_frames_are_scaled_and_their_planes_put_side_by_side(planes: int, side: int) -> None:
+    frames = np.random.default_rng(planes).integers(0, 256, (3, planes, side, side), np.uint8)
+    frames.flat[:256] = np.arange(frames.size)[:256]
+    out = np.full((3, side, side, planes), np.nan, np.float32)
+    _native.scale_frames(frames, out)
+    np.testing.assert_array_equal(out, frames.transpose(0, 2, 3, 1).astype(np.float32) / np.float32(255))
+
+
+def test_scale_frames_refuses_what_it_cannot_take() -> None:
+    frames, out = np.zeros((2, 4, 6, 5), np.uint8), np.zeros((2, 6, 5, 4), np.float32)
+    _native.scale_frames(frames[:0], out[:0])
+    for wrong in (out[:1], out.reshape(2, 5, 6, 4), out.reshape(2, 4, 6, 5), out.ravel()):
+        with pytest.raises(ValueError, match="shape"):
+            _native.scale_frames(frames, wrong)
+    with pytest.raises(ValueError, match="contiguous"):
+        _native.scale_frames(frames, out.transpose(0, 2, 1, 3))
+    with pytest.raises(ValueError, match="overlaps"):
+        _native.scale_frames(out.view(np.uint8).reshape(-1)[:240].reshape(2, 4, 6, 5), out)
+    with pytest.raises(TypeError):
+        _native.scale_frames(frames.astype(np.float32), out)
+    with pytest.raises(TypeError):
+        _native.scale_frames(frames, out.astype(np.float64))
+
+
+@settings(deadline=None)
+@given(seeds, sizes)
+def test_rmsprop_agrees_with_its_twin(seed: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    data, grad = draw_values(rng, size), draw_values(rng, size)
+    square = np.abs(draw_values(rng, size))
+    scale, learning_rate, alpha, epsilon = np.float32([rng.random(), 10 ** rng.uniform(-4, 0), 0.99, 1e-5])
+    with np.errstate(all="ignore"):
+        taken = grad * scale
+        expected_square = alpha * square + (np.float32(1) - alpha) * taken * taken
+        expected = data - learning_rate * taken / (np.sqrt(expected_square) + epsilon)
+    _native.rmsprop(data, grad, square, scale, learning_rate, alpha, epsilon)
+    np.testing.assert_array_equal(square, expected_square)
+    np.testing.assert_array_equal(data, expected)
+
+
+def test_rmsprop_refuses_what_it_cannot_take() -> None:
+    data, grad, square = (np.zeros(8, np.float32) for _ in range(3))
+    numbers = (1.0, 0.1, 0.99, 1e-5)
+    with pytest.raises(ValueError, match="grad: expected 32 bytes"):
+        _native.rmsprop(data, grad[:7], square, *numbers)
+    with pytest.raises(ValueError, match="square: overlaps grad"):
+        _native.rmsprop(data, grad, grad, *numbers)
+    with pytest.raises(TypeError):
+        _native.rmsprop(data, grad.astype(np.float64), square, *numbers)
+    square.flags.writeable = False
+    with pytest.raises(ValueError, match="square: expected a writable"):
+        _native.rmsprop(data, grad, square, *numbers)

@@ -123,9 +123,9 @@ class Watched(MLPPolicy):
         super().__init__(2, (8,), 3, torch.Generator().manual_seed(1))
         self.shown: list[np.ndarray] = []
 
-    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare(self, observations: torch.Tensor, inputs: torch.Tensor) -> None:
         self.shown.append(observations.numpy().copy())
-        return super().forward(observations)
+        super().prepare(observations, inputs)
 
 
 def collector(policy: MLPPolicy, mode: AutoresetMode, steps: int) -> Collector:
@@ -172,13 +172,12 @@ def test_values_and_log_probabilities_are_those_of_the_actions_taken(mode: Autor
 
 
 def test_actions_follow_the_policys_probabilities() -> None:
-    class Fixed(Watched):
-        def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = torch.log(torch.tensor([0.7, 0.2, 0.1])).expand(len(observations), 3).requires_grad_()
-            return logits, torch.zeros(len(observations))
-
+    policy = Watched()
+    with torch.no_grad():
+        policy.actor[-1].weight.zero_()
+        policy.actor[-1].bias.copy_(torch.log(torch.tensor([0.7, 0.2, 0.1])))
     env = vector(AutoresetMode.SAME_STEP, TERMINATES)
-    collects = Collector(Simulators(env), Fixed(), 4000, 1, torch.Generator().manual_seed(3))
+    collects = Collector(Simulators(env), policy, 4000, 1, torch.Generator().manual_seed(3))
     collects.collect()
     shares = np.bincount(env.envs[0].unwrapped.actions, minlength=3) / 4000
     # Five standard errors of a share of 0.7 among 4000.

@@ -1,0 +1,162 @@
+"""The tape: what a policy computed in a rollout, kept for one backward pass over all of it.
+
+In A2C the loss is differentiated at the very parameters that chose the actions, so the forward passes of the rollout
+serve the update as well. Autograd would keep a graph of every step, and go through each of them: for every layer T
+products of N rows, and T - 1 additions of gradients as large as the parameters. Here every layer writes what it gives
+into rows of one block, made once, and is differentiated once, over all T * N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from gala_mpi.networks import Policy
+
+aten = torch.ops.aten
+
+
+class _Layer:
+    """A convolution or linear layer with the activation behind it, and its rows of inputs and outputs.
+
+    `steps` holds the two in parts of `count` rows. Without `outputs` they are made here, so that the next layer can
+    work on them: with channels last if it is a convolution, else in the order in which nn.Flatten takes them.
+    """
+
+    def __init__(
+        self,
+        module: nn.Conv2d | nn.Linear,
+        activation: nn.Module | None,
+        inputs: torch.Tensor,
+        outputs: torch.Tensor | None,
+        count: int,
+        following: nn.Module | None,
+    ) -> None:
+        self.module, self.activation = module, activation
+        self.inputs = inputs.flatten(1) if isinstance(module, nn.Linear) else inputs
+        if outputs is None:
+            with torch.no_grad():
+                one = module(self.inputs[:1])
+            last = torch.channels_last if isinstance(following, nn.Conv2d) else torch.contiguous_format
+            outputs = torch.empty(len(inputs), *one.shape[1:], device=inputs.device).to(memory_format=last)
+        self.outputs = outputs
+        self.steps = list(zip(torch.split(self.inputs, count), torch.split(outputs, count), strict=True))
+
+    def forward(self, t: int) -> None:
+        """Compute the rows of step `t`."""
+        module, (inputs, outputs) = self.module, self.steps[t]
+        if isinstance(module, nn.Linear):
+            torch.addmm(module.bias, inputs, module.weight.t(), out=outputs)
+            given = outputs
+        else:
+            given = module(inputs)
+        if isinstance(self.activation, nn.ReLU):
+            torch.clamp_min(given, 0, out=outputs)
+        elif isinstance(self.activation, nn.Tanh):
+            torch.tanh(given, out=outputs)
+        elif given is not outputs:
+            outputs.copy_(given)
+
+    def backward(self, grad: torch.Tensor, *, first: bool) -> torch.Tensor | None:
+        """Add to the gradients of the parameters those of the rows that `grad` has; gives that of the inputs.
+
+        None if this layer is the `first`, whose inputs need none.
+        """
+        module, rows = self.module, len(grad)
+        weight, bias = module.weight.grad, module.get_parameter("bias").grad
+        assert weight is not None and bias is not None
+        inputs, outputs = self.inputs[:rows], self.outputs[:rows]
+        grad = grad.view(outputs.shape)
+        if isinstance(self.activation, nn.ReLU):
+            grad = aten.threshold_backward(grad, outputs, 0)
+        elif isinstance(self.activation, nn.Tanh):
+            grad = aten.tanh_backward(grad, outputs)
+        if isinstance(module, nn.Linear):
+            weight.addmm_(grad.t(), inputs)
+            bias.add_(grad.sum(0))
+            return None if first else grad @ module.weight
+        before, by_weight, by_bias = aten.convolution_backward(
+            grad.contiguous(memory_format=torch.channels_last),
+            inputs,
+            module.weight,
+            [module.out_channels],
+            module.stride,
+            module.padding,
+            module.dilation,
+            False,
+            (0, 0),
+            module.groups,
+            (not first, True, True),
+        )
+        weight.add_(by_weight)
+        bias.add_(by_bias)
+        return None if first else before
+
+
+class Tape:
+    """The forward passes of a policy over T + 1 batches of N observations, and one backward pass over the first T.
+
+    Serves networks of nn.Conv2d and nn.Linear layers with a bias, each followed by nn.ReLU, nn.Tanh or nothing, and
+    nn.Flatten between. The parameters must have gradients to add to, as those of `parameters.FlatParameters` have.
+    """
+
+    def __init__(self, policy: Policy, steps: int, count: int, shape: Sequence[int]) -> None:
+        self._policy, self._steps, self._count = policy, steps, count
+        rows = (steps + 1) * count
+        self._inputs = policy.make_inputs(rows, shape)
+        self._outputs = torch.zeros(rows, policy.actions + 1, device=self._inputs.device)
+        widths = [network[-1].get_parameter("bias").numel() for network in policy.networks]
+        self._networks = [
+            list(_layers(network, self._inputs, outputs, count))
+            for network, outputs in zip(policy.networks, torch.split(self._outputs, widths, 1), strict=True)
+        ]
+        self._parts = list(zip(torch.split(self._inputs, count), torch.split(self._outputs, count), strict=True))
+
+    @torch.no_grad()
+    def forward(self, t: int, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, actions) and values (N,) of the observations of step `t`; views, without a gradient."""
+        inputs, outputs = self._parts[t]
+        self._policy.prepare(observations, inputs)
+        for network in self._networks:
+            for layer in network:
+                layer.forward(t)
+        return outputs[:, :-1], outputs[:, -1]
+
+    def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (T, N, actions) and values (T, N) of the first T steps, from which gradients find the parameters.
+
+        A backward pass through them must come before the next `forward`, and at the same parameters.
+        """
+        outputs = self._outputs[: self._steps * self._count].clone().requires_grad_()
+        outputs.register_post_accumulate_grad_hook(self._backward)  # type: ignore[no-untyped-call]
+        shaped = outputs.view(self._steps, self._count, -1)
+        return shaped[..., :-1], shaped[..., -1]
+
+    @torch.no_grad()
+    def _backward(self, outputs: torch.Tensor) -> None:
+        assert outputs.grad is not None
+        column = 0
+        for network in self._networks:
+            width = network[-1].outputs.shape[1]
+            grad: torch.Tensor | None = outputs.grad[:, column : column + width]
+            column += width
+            for layer in reversed(network):
+                assert grad is not None
+                grad = layer.backward(grad, first=layer is network[0])
+
+
+def _layers(network: Sequence[nn.Module], inputs: torch.Tensor, outputs: torch.Tensor, count: int) -> Iterator[_Layer]:
+    """The layers of a network, from its inputs to its outputs, each working on what the one before it gives."""
+    kept = [module for module in network if not isinstance(module, nn.Flatten)]
+    places = [place for place, module in enumerate(kept) if isinstance(module, nn.Conv2d | nn.Linear)]
+    for place, end in zip(places, [*places[1:], len(kept)], strict=True):
+        module, between = kept[place], kept[place + 1 : end]
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        following = kept[end] if end < len(kept) else None
+        layer = _Layer(
+            module, between[0] if between else None, inputs, None if following else outputs, count, following
+        )
+        inputs = layer.outputs
+        yield layer
