@@ -38,7 +38,7 @@ PROGRAM = str(ROOT / "tests" / "programs" / "stress_mailbox.py")
 OVER_TCP = {"MPIR_CVAR_NOLOCAL": "1", "MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
 SMALL = {"ranks": 2, "capacity": 1024, "mailboxes": 32, "posts_per_phase": 500, "roles": ["even"], "announcing": 0.1}
 LARGE = {"ranks": 3, "capacity": 65536, "mailboxes": 2, "posts_per_phase": 250}
-BACKGROUND = {"haste": 0.05, "carrying_sleep_s": 1e-4}
+BACKGROUND = {"haste": 0.05, "courier_sleep_s": 1e-4}
 LARGE_EVERY = 5
 
 

@@ -45,9 +45,9 @@ from gala_mpi.window import Bytes, MpiError, Window, may_call_from_threads, node
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
 
-# While something is on its way out, and while there may only be something coming in.
-CARRYING_SLEEP_S = 0.0005
-IDLE_SLEEP_S = 0.002
+# Between two looks at what is on its way. A quarter of it cost the learner 2 to 4 % of its time, and a message is some
+# 30 ms on its way at 1 Gbit/s.
+SLEEP_S = 0.002
 SETTLE_S = 10.0
 log = logging.getLogger(__name__)
 
@@ -252,10 +252,9 @@ class Courier:
     def _run(self) -> None:
         try:
             while not self._ending.is_set():
-                carrying = False
                 for outbox in self._outboxes:
-                    carrying |= outbox.carry()
+                    outbox.carry()
                 self._never.Test()
-                time.sleep(CARRYING_SLEEP_S if carrying else IDLE_SLEEP_S)
+                time.sleep(SLEEP_S)
         except BaseException as error:
             self._error = error

@@ -410,7 +410,7 @@ def main() -> None:
     parser.add_argument("--announcing", type=float, default=1.0, help="chance that a post is announced")
     parser.add_argument("--capacity", type=int, default=CAPACITY, help="greatest size of a payload in bytes")
     parser.add_argument("--posts-per-phase", type=int, default=POSTS_PER_PHASE, help="of each sender")
-    parser.add_argument("--carrying-sleep-s", type=float, help="pause of the courier while something is on its way")
+    parser.add_argument("--courier-sleep-s", type=float, default=0.5e-3, help="of the courier, between two looks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deadline-s", type=float, default=200.0)
     kinds = [*BROKEN_OUTBOXES, *BROKEN_BACKGROUND_OUTBOXES, *BROKEN_INBOXES]
@@ -418,7 +418,7 @@ def main() -> None:
     arguments = parser.parse_args()
     couriers.Outbox = BROKEN_OUTBOXES.get(arguments.broken, couriers.Outbox)
     couriers.BackgroundOutbox = BROKEN_BACKGROUND_OUTBOXES.get(arguments.broken, BackgroundOutbox)
-    couriers.CARRYING_SLEEP_S = arguments.carrying_sleep_s or couriers.CARRYING_SLEEP_S
+    couriers.SLEEP_S = arguments.courier_sleep_s
     comm = MPI.COMM_WORLD
     # Flushes have no deadline of their own.
     faulthandler.dump_traceback_later(arguments.deadline_s, exit=True)
