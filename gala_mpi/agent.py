@@ -33,6 +33,7 @@ from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.recorder import Recorder, rank_file
 from gala_mpi.rollout import Collector
+from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
 from gala_mpi.waiting import Watchdog, wait_until
 from gala_mpi.window import library_version
 
@@ -68,7 +69,10 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a rank's training ended. `speaker` is the rank that tells it; `lost` and `diverged` list ranks."""
+    """How a rank's training ended. `speaker` is the rank that tells it; `lost` and `diverged` list ranks.
+
+    `profile` has the seconds that the parts of its updates took (see `stopwatch`).
+    """
 
     agent_steps: int
     updates: int
@@ -79,6 +83,7 @@ class Summary:
     speaker: int
     lost: list[int]
     diverged: list[int]
+    profile: dict[str, float]
 
 
 class Agent:
@@ -103,20 +108,23 @@ class Agent:
         self._courier = Courier(comm, config.exchange.delivery)
         self._board = Board(comm, self._courier, self._timeout_s)
         self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm, self._courier, self._board.come_by)
-        self._learner = Learner(
-            self._flat, config.learner, learning_rate(config, comm.size), self._exchange.average_gradient
-        )
+        waits = config.run.profile and device.type == "cuda"
+        self._stopwatch = Stopwatch(torch.cuda.synchronize if waits else None)
+        rate = learning_rate(config, comm.size)
+        average = self._exchange.average_gradient
+        self._learner = Learner(self._flat, config.learner, rate, average, self._stopwatch)
         generator = _generator(int(action_seed), device)
         steps = config.learner.rollout_steps
         # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
-        self._collector = Collector(self._simulators, self._policy, steps, int(simulator_seed) >> 2, generator)
+        self._collector = Collector(
+            self._simulators, self._policy, steps, int(simulator_seed) >> 2, generator, self._stopwatch
+        )
         # The same instant on all ranks, from which they count.
         self._t0 = comm.bcast(time.time())
         self._recorder = on_all_ranks(comm, lambda: self._make_recorder(info))
         self._monitor: Monitor | None = None
         self._next_sketch = 0
         self._agent_steps = self._update = 0
-        self._rollout_s = self._learn_s = 0.0
 
     def _make_recorder(self, info: RunInfo) -> Recorder:
         config, comm = self._config, self._comm
@@ -150,6 +158,7 @@ class Agent:
         `on_update`, if given, is called after every update with its number.
         """
         self._begin_s = time.monotonic()
+        self._stopwatch.start()
         diverged = False
         try:
             while self._progress() < 1 and not self._exchange.agree(self._wants_to_stop(stop)):
@@ -157,6 +166,7 @@ class Agent:
                 self._show()
                 if on_update is not None:
                     on_update(self._update)
+                self._stopwatch.lap("status")
             # What ends this rank ends the others too: they are to see it with their next update.
             with self._limit():
                 self._board.tell()
@@ -179,6 +189,7 @@ class Agent:
             speaker=self._board.speaker,
             lost=lost,
             diverged=self._board.diverged,
+            profile=dict(self._stopwatch.seconds),
         )
 
     def _end(self, diverged: bool) -> list[int]:
@@ -255,23 +266,19 @@ class Agent:
         return self._board.total_steps / run.total_steps
 
     def _one_update(self) -> None:
-        exchange, counters = self._exchange, self._exchange.counters
+        exchange, counters, lap = self._exchange, self._exchange.counters, self._stopwatch.lap
         measure = (self._update + 1) % self._config.record.record_every == 0
-        exchanged_s = counters.exchange_s
-        begin = time.perf_counter()
         rollout = self._collector.collect()
-        collected = time.perf_counter()
         losses = self._learner.update(rollout, self._progress(), measure=measure)
-        self._rollout_s += collected - begin
-        # An all-reduce happens inside the learner's update, and is not learning.
-        self._learn_s += time.perf_counter() - collected - (counters.exchange_s - exchanged_s)
         self._update += 1
         self._agent_steps += rollout.rewards.numel()
         now_s = time.time() - self._t0
         for episode in rollout.episodes:
             row = (now_s, self._update, self._agent_steps, episode.env_index, episode.episode_return, episode.length)
             self._recorder.append("episodes", row)
+        lap("record")
         self._board.note_episodes(rollout.episodes, now_s)
+        lap("status")
         # Nothing in here waits longer than this by its own rules; the watchdog is for a library that does.
         with self._watchdog.limit(4 * self._timeout_s, "the exchange: the MPI library has not returned"):
             try:
@@ -280,12 +287,15 @@ class Agent:
             except DivergedError:
                 self._record(time.time() - self._t0, losses)
                 raise
+            lap("exchange")
             self._board.report(self._agent_steps, self._update, counters.staleness)
+            lap("status")
         now_s = time.time() - self._t0
         if measure:
             self._record(now_s, losses)
         self._record_sketch(now_s)
         self._recorder.flush_if_due()
+        lap("record")
 
     def _record(self, now_s: float, losses: Losses) -> None:
         counters, when = self._exchange.counters, (now_s, self._update)
@@ -300,8 +310,8 @@ class Agent:
                 float(losses.grad_norm),
                 float(losses.update_norm),
                 float(losses.explained_variance),
-                self._rollout_s,
-                self._learn_s,
+                self._stopwatch.sum(*ROLLOUT),
+                self._stopwatch.sum(*LEARN),
                 counters.exchange_s,
                 counters.wait_s,
                 counters.messages_sent,
@@ -314,6 +324,7 @@ class Agent:
                 counters.neighbour_distance,
             ),
         )
+        self._recorder.append("profile", (*when, *self._stopwatch.seconds.values()))
         for n in self._exchange.in_neighbours:
             self._recorder.append("neighbours", (*when, n.rank, n.staleness, n.message_age_s, n.distance, n.lost))
 

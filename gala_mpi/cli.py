@@ -27,6 +27,7 @@ from gala_mpi import __version__, arguments
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, load_preset
 from gala_mpi.environments import check_environment
+from gala_mpi.stopwatch import profile_table
 from gala_mpi.topology import make_topology
 from gala_mpi.waiting import Watchdog
 
@@ -163,6 +164,8 @@ def _train(args: list[str], comm: MPI.Intracomm) -> int:
     with _signals(stop):
         summary = agent.train(stop)
     if comm.rank == summary.speaker:
+        if config.run.profile:
+            print(profile_table(summary.profile, summary.updates))
         print(_farewell(summary, info), flush=True)
     code = _exit_code(summary)
     if summary.lost:

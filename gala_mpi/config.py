@@ -180,6 +180,8 @@ class RunConfig:
     """Seed of the run; with the rank it fixes every random stream."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy lives. auto: a GPU of this node if there is one."""
+    profile: bool = False
+    """Print at the end where an update's time goes; on a GPU each part is waited for, which costs speed."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "total_steps")

@@ -11,6 +11,7 @@ from gala_mpi import _native
 from gala_mpi.config import LearnerConfig
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.rollout import Rollout, n_step_returns
+from gala_mpi.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,11 @@ class Learner:
         config: LearnerConfig,
         learning_rate: float,
         average_gradient: Callable[[torch.Tensor], None] | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self._flat, self._config, self._learning_rate = flat, config, learning_rate
         self._average_gradient = average_gradient
+        self._stopwatch = stopwatch or Stopwatch()
         self.mean_square = torch.zeros_like(flat.data)
 
     def forget(self) -> None:
@@ -79,12 +82,15 @@ class Learner:
         Only with `measure` are the norm of the parameters' change, which costs a copy of them, and the explained
         variance computed; else they are 0.
         """
-        flat, config = self._flat, self._config
-        flat.grad.zero_()
+        flat, config, lap = self._flat, self._config, self._stopwatch.lap
         total, policy_loss, value_loss, entropy, returns = actor_critic_loss(rollout, config)
+        lap("loss")
+        flat.grad.zero_()
         total.backward()  # type: ignore[no-untyped-call]
+        lap("backward")
         if self._average_gradient is not None:
             self._average_gradient(flat.grad)
+            lap("exchange")
         grad_norm = torch.linalg.vector_norm(flat.grad)
         learning_rate = self._learning_rate
         if config.learning_rate_decay == "linear":
@@ -92,7 +98,7 @@ class Learner:
         before = flat.data.clone() if measure else flat.data
         self._step((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1), learning_rate)
         zero = returns.new_zeros(())
-        return Losses(
+        losses = Losses(
             policy_loss=policy_loss.detach(),
             value_loss=value_loss.detach(),
             entropy=entropy.detach(),
@@ -100,6 +106,8 @@ class Learner:
             explained_variance=_explained_variance(rollout, returns) if measure else zero,
             update_norm=torch.linalg.vector_norm(flat.data - before) if measure else zero,
         )
+        lap("optimiser")
+        return losses
 
     def _step(self, scale: torch.Tensor, learning_rate: float) -> None:
         """One step of RMSprop on the gradient times `scale`."""

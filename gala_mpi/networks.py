@@ -74,8 +74,11 @@ class AtariPolicy(Policy):
         _draw(self.head, 1.0, generator)
         with torch.no_grad():
             nn.init.orthogonal_(self.head.weight[:actions], 0.01, generator)
-        # channels_last takes a quarter to a third off the convolutions on a CPU.
+        # Memory formats that products are faster with on a CPU: channels_last takes a quarter to a third off the
+        # convolutions, and the transpose a third off the forward pass of the one large matrix.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        large = self.get_parameter("body.7.weight")
+        large.data = large.data.t().contiguous().t()
 
     @property
     def networks(self) -> Sequence[Sequence[nn.Module]]:

@@ -9,6 +9,7 @@ import torch
 
 from gala_mpi.environments import Episode, Simulators
 from gala_mpi.networks import Policy
+from gala_mpi.stopwatch import Stopwatch
 from gala_mpi.tape import Tape
 
 
@@ -46,21 +47,26 @@ def n_step_returns(rollout: Rollout, gamma: float) -> torch.Tensor:
     return returns
 
 
-def draw_actions(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Actions (N,) drawn by the softmax of logits (N, actions): the largest of them, each with Gumbel noise."""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log_()).argmax(1)
-
-
 class Collector:
     """Steps a rank's simulators with its policy. The simulators go on where the last rollout ended."""
 
-    def __init__(self, simulators: Simulators, policy: Policy, steps: int, seed: int, generator: torch.Generator):
+    def __init__(
+        self,
+        simulators: Simulators,
+        policy: Policy,
+        steps: int,
+        seed: int,
+        generator: torch.Generator,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
         self._simulators, self._policy, self._steps = simulators, policy, steps
+        self._stopwatch = stopwatch or Stopwatch()
         self._generator = generator
         self._device = next(policy.parameters()).device
         observations = simulators.reset(seed)
         self._tape = Tape(policy, steps, simulators.count, observations.shape[1:])
         self._actions = torch.zeros(steps, simulators.count, dtype=torch.int64, device=self._device)
+        self._noise = torch.zeros(steps, simulators.count, policy.actions, device=self._device)
         self._observations = self._upload(observations)
 
     def _upload(self, array: object) -> torch.Tensor:
@@ -71,19 +77,29 @@ class Collector:
         arrays: dict[str, list[np.ndarray]] = {n: [] for n in ("rewards", "terminated", "truncated", "valid")}
         truncated_values = torch.zeros(self._steps, self._simulators.count, device=self._device)
         episodes: list[Episode] = []
+        lap = self._stopwatch.lap
+        # The largest of the logits, each less the logarithm of a draw from Exp(1), is distributed as their softmax.
+        self._noise.exponential_(generator=self._generator).log_()
         for t in range(self._steps):
             logits, _ = self._tape.forward(t, self._observations)
-            self._actions[t] = draw_actions(logits, self._generator)
-            step = self._simulators.step(self._actions[t].cpu().numpy())
+            lap("forward")
+            torch.argmax(logits - self._noise[t], 1, out=self._actions[t])
+            actions = self._actions[t].cpu().numpy()
+            lap("sampling")
+            step = self._simulators.step(actions)
+            lap("emulator")
             for name, column in arrays.items():
                 column.append(getattr(step, name))
             if step.final_observations is not None:
                 truncated_values[t, torch.from_numpy(step.truncated).to(self._device)] = self._value(
                     self._upload(step.final_observations)
                 )
+                lap("forward")
             episodes += step.episodes
             self._observations = self._upload(step.observations)
+            lap("transfer")
         _, last_values = self._tape.forward(self._steps, self._observations)
+        lap("forward")
         logits, values = self._tape.replay()
         log_policy = torch.log_softmax(logits, dim=2)
         return Rollout(

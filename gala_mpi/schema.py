@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gala_mpi.stopwatch import PARTS
+
 SCHEMA_VERSION = 1
 
 
@@ -75,6 +77,11 @@ TABLES = (
             Column("message_age_s", "<f8", "s", "age of the oldest message of the last mix, by both ranks' clocks"),
             Column("neighbour_distance", "<f8", "1", "mean norm of parameters - message at the last mix, before it"),
         ),
+    ),
+    Table(
+        "profile",
+        "one record, every --record-every updates",
+        (*_WHEN, *(Column(f"{part}_s", "<f8", "s", f"sum: {meaning}") for part, meaning in PARTS.items())),
     ),
     Table(
         "episodes",

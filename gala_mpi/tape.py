@@ -69,10 +69,11 @@ class _Layer:
         assert weight is not None and bias is not None
         inputs, outputs = self.inputs[:rows], self.outputs[:rows]
         grad = grad.view(outputs.shape)
+        # In place: the gradient is that of the layer above, and nobody else's.
         if isinstance(self.activation, nn.ReLU):
-            grad = aten.threshold_backward(grad, outputs, 0)
+            aten.threshold_backward(grad, outputs, 0, grad_input=grad)
         elif isinstance(self.activation, nn.Tanh):
-            grad = aten.tanh_backward(grad, outputs)
+            aten.tanh_backward(grad, outputs, grad_input=grad)
         if isinstance(module, nn.Linear):
             weight.addmm_(grad.t(), inputs)
             bias.add_(grad.sum(0))

@@ -102,7 +102,7 @@ def test_the_file_follows_the_schema(tmp_path: Path) -> None:
     recorder.close()
     assert path.name == "rank-00003.h5"
     with h5py.File(path, "r") as file:
-        assert set(file) == {"updates", "episodes", "sketches", "neighbours"}
+        assert set(file) == {"updates", "profile", "episodes", "sketches", "neighbours"}
         assert file.attrs["schema"] == 1 and file.attrs["rank"] == 3
         assert json.loads(file.attrs["config"]) == {"a": {"b": 1}}
         for table in TABLES:
