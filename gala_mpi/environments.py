@@ -90,7 +90,7 @@ class Simulators:
     def step(self, actions: npt.NDArray[np.int64]) -> Step:
         """Take `actions` (N,) in the simulators."""
         valid = ~(self._resetting | self._fire_next)
-        if self._fire_after_life:
+        if self._fire_after_life and self._fire_next.any():
             actions = np.where(self._fire_next, FIRE, actions)
         observations, rewards, terminated, truncated, info = self.env.step(actions)
         # A row that only resets belongs to no game: neither its reward nor its flags count.

@@ -96,7 +96,7 @@ class Learner:
         if config.learning_rate_decay == "linear":
             learning_rate *= max(1 - progress, 0)
         before = flat.data.clone() if measure else flat.data
-        self._step((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1), learning_rate)
+        self._step(grad_norm, learning_rate)
         zero = returns.new_zeros(())
         losses = Losses(
             policy_loss=policy_loss.detach(),
@@ -109,14 +109,14 @@ class Learner:
         lap("optimiser")
         return losses
 
-    def _step(self, scale: torch.Tensor, learning_rate: float) -> None:
-        """One step of RMSprop on the gradient times `scale`."""
-        data, grad, square = self._flat.data, self._flat.grad, self.mean_square
-        alpha, epsilon = self._config.rmsprop_alpha, self._config.rmsprop_epsilon
+    def _step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """One step of RMSprop on the gradient, scaled down to the greatest norm if its own is longer."""
+        data, grad, square, config = self._flat.data, self._flat.grad, self.mean_square, self._config
+        alpha, epsilon = config.rmsprop_alpha, config.rmsprop_epsilon
         if data.device.type == "cpu":
-            arrays = data.numpy(), grad.numpy(), square.numpy()
-            _native.rmsprop(*arrays, float(scale), learning_rate, alpha, epsilon)
+            scale = min(1.0, config.max_grad_norm / (float(grad_norm) + 1e-6))
+            _native.rmsprop(data.numpy(), grad.numpy(), square.numpy(), scale, learning_rate, alpha, epsilon)
         else:
-            grad.mul_(scale)
+            grad.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
             square.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
             data.addcdiv_(grad, square.sqrt().add_(epsilon), value=-learning_rate)

@@ -38,12 +38,13 @@ def n_step_returns(rollout: Rollout, gamma: float) -> torch.Tensor:
 
     Termination ends the sum; truncation goes on from the value of the final observation.
     """
-    following = rollout.last_values
-    returns = torch.empty_like(rollout.rewards)
+    going_on = gamma * ~rollout.terminated
+    # Values of final observations are 0 where nothing was truncated.
+    known = rollout.rewards + going_on * rollout.truncated_values
+    going_on = going_on * ~rollout.truncated
+    returns, following = torch.empty_like(known), rollout.last_values
     for t in reversed(range(len(returns))):
-        following = torch.where(rollout.truncated[t], rollout.truncated_values[t], following)
-        following = rollout.rewards[t] + gamma * following.masked_fill(rollout.terminated[t], 0)
-        returns[t] = following
+        following = torch.addcmul(known[t], going_on[t], following, out=returns[t])
     return returns
 
 
@@ -63,14 +64,27 @@ class Collector:
         self._stopwatch = stopwatch or Stopwatch()
         self._generator = generator
         self._device = next(policy.parameters()).device
+        self._staging: tuple[torch.Tensor, torch.Tensor] | None = None
         observations = simulators.reset(seed)
         self._tape = Tape(policy, steps, simulators.count, observations.shape[1:])
         self._actions = torch.zeros(steps, simulators.count, dtype=torch.int64, device=self._device)
         self._noise = torch.zeros(steps, simulators.count, policy.actions, device=self._device)
-        self._observations = self._upload(observations)
+        self._observations = self._show(observations)
 
     def _upload(self, array: object) -> torch.Tensor:
         return torch.from_numpy(np.asarray(array)).to(self._device)
+
+    def _show(self, observations: object) -> torch.Tensor:
+        """All simulators' observations on the device, there always in the same place, without waiting for the copy."""
+        array = torch.from_numpy(np.asarray(observations))
+        if self._device.type == "cpu":
+            return array
+        if self._staging is None:
+            self._staging = torch.empty_like(array, pin_memory=True), torch.empty_like(array, device=self._device)
+        # The copy before has ended: the actions that were chosen by it have come down since.
+        locked, shown = self._staging
+        locked.copy_(array)
+        return shown.copy_(locked, non_blocking=True)
 
     def collect(self) -> Rollout:
         """Take T steps in every simulator."""
@@ -96,7 +110,7 @@ class Collector:
                 )
                 lap("forward")
             episodes += step.episodes
-            self._observations = self._upload(step.observations)
+            self._observations = self._show(step.observations)
             lap("transfer")
         _, last_values = self._tape.forward(self._steps, self._observations)
         lap("forward")

@@ -113,17 +113,44 @@ class Tape:
             list(_layers(network, self._inputs, outputs, count))
             for network, outputs in zip(policy.networks, torch.split(self._outputs, widths, 1), strict=True)
         ]
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._parts = list(zip(torch.split(self._inputs, count), torch.split(self._outputs, count), strict=True))
 
     @torch.no_grad()
     def forward(self, t: int, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (N, actions) and values (N,) of the observations of step `t`; views, without a gradient."""
-        inputs, outputs = self._parts[t]
-        self._policy.prepare(observations, inputs)
+        """Logits (N, actions) and values (N,) of the observations of step `t`; views, without a gradient.
+
+        On a GPU `observations` must be the same tensor at every call, with other values: a step becomes one CUDA graph,
+        as its few small kernels take longer to launch than to run.
+        """
+        if observations.is_cuda:
+            if t not in self._graphs:
+                self._graphs[t] = self._capture(t, observations)
+            self._graphs[t].replay()
+        else:
+            self._compute(t, observations)
+        outputs = self._parts[t][1]
+        return outputs[:, :-1], outputs[:, -1]
+
+    def _compute(self, t: int, observations: torch.Tensor) -> None:
+        self._policy.prepare(observations, self._parts[t][0])
         for network in self._networks:
             for layer in network:
                 layer.forward(t)
-        return outputs[:, :-1], outputs[:, -1]
+
+    def _capture(self, t: int, observations: torch.Tensor) -> torch.cuda.CUDAGraph:
+        """The work of a step, as a graph over the memory that it reads and writes now."""
+        # Once before, on a stream of its own: libraries choose their algorithms and allocate at the first call.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._compute(t, observations)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the process may use the device meanwhile (an MPI library's, say).
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._compute(t, observations)
+        return graph
 
     def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (T, N, actions) and values (T, N) of the first T steps, from which gradients find the parameters.

@@ -1,0 +1,76 @@
+"""What runs on a GPU gives what runs on the CPU. Skipped where torch can use none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import Mpi
+
+from gala_mpi.config import EnvironmentConfig, LearnerConfig
+from gala_mpi.environments import make_simulators
+from gala_mpi.learner import Learner
+from gala_mpi.networks import AtariPolicy
+from gala_mpi.parameters import FlatParameters
+from gala_mpi.rollout import Collector
+from gala_mpi.tape import Tape
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch can use no GPU here")
+
+
+def policy(device: str) -> AtariPolicy:
+    return AtariPolicy(6, torch.Generator().manual_seed(1)).to(device)
+
+
+def test_a_tape_gives_on_a_gpu_what_it_gives_on_the_cpu() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    frames = torch.randint(0, 256, (4, 8, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    found = []
+    for device in ("cpu", "cuda"):
+        own = policy(device)
+        flat = FlatParameters(own)
+        tape = Tape(own, 3, 8, (4, 84, 84))
+        shown = torch.zeros_like(frames[0], device=device)
+        # Twice: first a graph is made, then replayed, with other observations in the same place.
+        for order in ((3, 2, 1, 0), (0, 1, 2, 3)):
+            for t in range(4):
+                last = tape.forward(t, shown.copy_(frames[order[t]]))[1].clone()
+        logits, values = tape.replay()
+        (torch.log_softmax(logits, 2)[..., 0].sum() + values.square().sum()).backward()
+        found.append([tensor.detach().cpu() for tensor in (logits, values, last, flat.grad)])
+    for cpu, gpu in zip(*found, strict=True):
+        torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-4 * float(cpu.abs().max()))
+
+
+def test_updates_on_a_gpu_are_those_on_the_cpu() -> None:
+    """Of the same rollouts: what a GPU draws is another stream."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    simulators = make_simulators(EnvironmentConfig(simulators=4), threads=1)
+    own = policy("cuda")
+    flat = FlatParameters(own)
+    learner = Learner(flat, LearnerConfig(), 7e-4)
+    collector = Collector(simulators, own, 5, 1, torch.Generator("cuda").manual_seed(1))
+    for _ in range(3):
+        before, square = flat.data.cpu(), learner.mean_square.cpu()
+        losses = learner.update(collector.collect(), 0.0, measure=True)
+        scale = min(1.0, LearnerConfig().max_grad_norm / (float(losses.grad_norm) + 1e-6))
+        grad = flat.grad.cpu()  # clipped in place
+        torch.testing.assert_close(grad.norm(), losses.grad_norm.cpu() * scale, rtol=1e-3, atol=0)
+        square = 0.99 * square + 0.01 * grad.square()
+        torch.testing.assert_close(flat.data.cpu(), before - 7e-4 * grad / (square.sqrt() + 1e-5), rtol=1e-4, atol=1e-6)
+        assert all(np.isfinite(float(value)) for value in vars(losses).values())
+
+
+def test_ranks_share_a_device(mpi: Mpi, tmp_path: Path) -> None:
+    done = mpi.run(
+        *(2, "-m", "gala_mpi", "--device", "cuda", "--simulators", "4", "--total-steps", "4000", "--profile"),
+        *("--record-every", "1", "--out", str(tmp_path / "run")),
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        with h5py.File(tmp_path / "run" / f"rank-{rank:05d}.h5", "r", locking=False) as file:
+            rows = file["updates"][:]
+        assert np.isfinite(rows["policy_loss"]).all() and rows["messages_mixed"][-1] > 0
