@@ -38,10 +38,9 @@ def n_step_returns(rollout: Rollout, gamma: float) -> torch.Tensor:
 
     Termination ends the sum; truncation goes on from the value of the final observation.
     """
-    going_on = gamma * ~rollout.terminated
-    # Values of final observations are 0 where nothing was truncated.
-    known = rollout.rewards + going_on * rollout.truncated_values
-    going_on = going_on * ~rollout.truncated
+    not_over = gamma * ~rollout.terminated
+    cut = not_over * rollout.truncated
+    known, going_on = torch.addcmul(rollout.rewards, cut, rollout.truncated_values), not_over - cut
     returns, following = torch.empty_like(known), rollout.last_values
     for t in reversed(range(len(returns))):
         following = torch.addcmul(known[t], going_on[t], following, out=returns[t])
