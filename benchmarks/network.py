@@ -2,9 +2,9 @@
 
     python benchmarks/network.py --hosts 2 --rate 1gbit --out benchmarks/results/network-mpich.json
 
-Trains with gossip, without an exchange and with all-reduce, in turn (A B C A B C), on hosts that are network namespaces
-(tests/cluster.py) with links of `--rate`. Printed are the agent steps a second of all ranks together; for gossip and
-all-reduce the ratio to the run without an exchange of the same turn; the megabits a second that each host sends,
+Trains with gossip, as it is and with half the bytes (float16), without an exchange and with all-reduce, in turn (A B C
+D A B C D), on hosts that are network namespaces (tests/cluster.py) with links of `--rate`. Printed are the agent steps a
+second of all ranks together; for the exchanges the ratio to the run without an exchange of the same turn; the megabits a second that each host sends,
 headers included; the share of updates that mixed a message; and that of the time spent in the exchange. The time of a
 run's first and last second is left out.
 
@@ -36,7 +36,12 @@ sys.path.insert(0, str(ROOT / "tests"))
 from cluster import Cluster, ClusterUnavailable  # noqa: E402
 from conftest import MPIS, Mpi, finish, kill  # noqa: E402
 
-EXCHANGES = ("gossip", "none", "allreduce")
+EXCHANGES = {
+    "gossip": ("--exchange", "gossip"),
+    "float16": ("--exchange", "gossip", "--wire", "float16"),
+    "none": ("--exchange", "none"),
+    "allreduce": ("--exchange", "allreduce"),
+}
 # Left out at either end of a run.
 MARGIN_S = 1
 # Until the ranks have started, and from the time limit to the end.
@@ -91,7 +96,7 @@ def run_once(cluster: Cluster, mpi: Mpi, args: argparse.Namespace, exchange: str
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         command = ["-m", "gala_mpi", "train", "--preset", args.preset, *(["--env", args.env] if args.env else [])]
-        command += ["--exchange", exchange, "--total-steps", "1_000_000_000", "--time-limit-s", str(args.seconds)]
+        command += [*EXCHANGES[exchange], "--total-steps", "1_000_000_000", "--time-limit-s", str(args.seconds)]
         command += ["--record-every", "1", "--out", str(folder)]
         process = cluster.mpi(mpi).start(args.hosts, *command, cwd=ROOT)
 
@@ -126,7 +131,7 @@ def report(runs: dict[str, list[dict[str, Any]]]) -> None:
             f"{exchange:9s}: {median['steps_per_s']:,.0f} steps/s, {sent:.1f} Mbit/s sent per host, "
             f"{median['mixed_share']:.1%} of updates mixed, {share:.2%} of the time in the exchange"
         )
-    for exchange in ("gossip", "allreduce"):
+    for exchange in ("gossip", "float16", "allreduce"):
         found = ratios(runs, exchange)
         print(f"{exchange} / none: {statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})")
 
@@ -164,7 +169,7 @@ def main() -> None:
     if args.out:
         about = {"machine": f"{cpu_name()}, {os.cpu_count()} CPUs, shared with other work"}
         settings = {**vars(args), "out": None, **about}
-        over_none = {exchange: ratios(runs, exchange) for exchange in ("gossip", "allreduce")}
+        over_none = {exchange: ratios(runs, exchange) for exchange in ("gossip", "float16", "allreduce")}
         args.out.write_text(json.dumps({"settings": settings, "over_none": over_none, "runs": runs}, indent=1) + "\n")
 
 
