@@ -2,11 +2,11 @@
 
     python benchmarks/network.py --hosts 2 --rate 1gbit --out benchmarks/results/network-mpich.json
 
-Trains with gossip, as it is and with half the bytes (float16), without an exchange and with all-reduce, in turn (A B C
-D A B C D), on hosts that are network namespaces (tests/cluster.py) with links of `--rate`. Printed are the agent steps a
-second of all ranks together; for the exchanges the ratio to the run without an exchange of the same turn; the megabits a second that each host sends,
-headers included; the share of updates that mixed a message; and that of the time spent in the exchange. The time of a
-run's first and last second is left out.
+Trains with gossip, as it is and with half the bytes (float16), without an exchange and with all-reduce, in turn (A B
+C D A B C D), on hosts that are network namespaces (tests/cluster.py) with links of `--rate`. Printed are the agent
+steps a second of all ranks together; for the exchanges the ratio to the run without one of the same turn; the megabits
+a second that each host sends, headers included; the share of updates that mixed a message; and that of the time spent
+in the exchange. The time of a run's first and last second is left out.
 
 Without an exchange a rank still counts the run's steps, over the same links, and its communication thread runs: the
 ratio tells what the messages cost, not the thread. Each rank has a core of its own if there are as many as hosts.
