@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py --out benchmarks/results/startup.json
 
-For each number of ranks: seconds from the start of mpirun to the first update of the first and of the last rank, and
-what they are spent on before it: a rank's own time for the imports, for the simulators, and for all else; and once all
-ranks train, their memory: resident (VmRSS), and with what ranks share divided among them (Pss).
+For each number of ranks: seconds from the start of mpirun to the first update of the first and of the last rank; a
+rank's mean time for its imports, and for making its simulators; and once all ranks train, their memory: resident, and
+with what ranks share divided among them (Rss and Pss of smaps_rollup).
 
 Needs mpirun of the environment that runs it, beside its Python or on the PATH.
 """

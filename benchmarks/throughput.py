@@ -91,8 +91,10 @@ def run_peer(game: str, simulators: int, seconds: float, processes: int) -> floa
 
         def __init__(self, space: gymnasium.spaces.Box) -> None:
             super().__init__(space, features_dim=512)
+            self.body = AtariPolicy(1, torch.Generator()).body
             # In the memory format that stable-baselines3 works with.
-            self.body = AtariPolicy(1, torch.Generator()).body.to(memory_format=torch.contiguous_format)
+            for parameter in self.body.parameters():
+                parameter.data = parameter.data.contiguous()
 
         def forward(self, observations: torch.Tensor) -> torch.Tensor:
             return self.body(observations)

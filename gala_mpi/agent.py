@@ -95,6 +95,9 @@ class Agent:
     def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo, watchdog: Watchdog) -> None:
         self._config, self._comm, self._watchdog = config, comm, watchdog
         threads, device = on_all_ranks(comm, lambda: _place(comm, config.run.device))
+        if device.type == "cuda":
+            # Streams and graphs are those of the current device.
+            torch.cuda.set_device(device)
         # The threads of a network for flat observations wait for each other longer than they compute.
         torch.set_num_threads(_threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
         # One stream for each use: parameters from the seed alone, simulators and actions by rank.
@@ -268,6 +271,7 @@ class Agent:
     def _one_update(self) -> None:
         exchange, counters, lap = self._exchange, self._exchange.counters, self._stopwatch.lap
         measure = (self._update + 1) % self._config.record.record_every == 0
+        lap("status")
         rollout = self._collector.collect()
         losses = self._learner.update(rollout, self._progress(), measure=measure)
         self._update += 1

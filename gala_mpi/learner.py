@@ -114,7 +114,8 @@ class Learner:
         data, grad, square, config = self._flat.data, self._flat.grad, self.mean_square, self._config
         alpha, epsilon = config.rmsprop_alpha, config.rmsprop_epsilon
         if data.device.type == "cpu":
-            scale = min(1.0, config.max_grad_norm / (float(grad_norm) + 1e-6))
+            # A norm that is not a number makes all of them so: no half of the parameters goes on.
+            scale = min(config.max_grad_norm / (float(grad_norm) + 1e-6), 1.0)
             _native.rmsprop(data.numpy(), grad.numpy(), square.numpy(), scale, learning_rate, alpha, epsilon)
         else:
             grad.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))

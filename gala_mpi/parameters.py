@@ -56,10 +56,6 @@ class FlatParameters:
             if gradients:
                 parameter.grad = self._view(self.grad, offset, values)
             offset += parameter.numel()
-        # The optimiser sees one parameter, whose storage is the flat buffer itself.
-        self.parameter = nn.Parameter(self.data)
-        if gradients:
-            self.parameter.grad = self.grad
         self._places = frozenset(parameter.data_ptr() for _, parameter in named)
         self._host = None if device.type == "cpu" else torch.empty(self.size, pin_memory=device.type == "cuda")
 

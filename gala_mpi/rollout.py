@@ -93,6 +93,7 @@ class Collector:
         lap = self._stopwatch.lap
         # The largest of the logits, each less the logarithm of a draw from Exp(1), is distributed as their softmax.
         self._noise.exponential_(generator=self._generator).log_()
+        lap("sampling")
         for t in range(self._steps):
             logits, _ = self._tape.forward(t, self._observations)
             lap("forward")
@@ -115,7 +116,7 @@ class Collector:
         lap("forward")
         logits, values = self._tape.replay()
         log_policy = torch.log_softmax(logits, dim=2)
-        return Rollout(
+        rollout = Rollout(
             log_probs=log_policy.gather(2, self._actions.unsqueeze(2)).squeeze(2),
             values=values,
             entropies=-(log_policy.exp() * log_policy).sum(2),
@@ -124,6 +125,8 @@ class Collector:
             last_values=last_values.clone(),
             episodes=episodes,
         )
+        lap("sampling")
+        return rollout
 
     @torch.no_grad()
     def _value(self, observations: torch.Tensor) -> torch.Tensor:

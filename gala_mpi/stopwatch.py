@@ -1,4 +1,8 @@
-"""The stopwatch: where the time of an update goes, part by part, without a gap."""
+"""The stopwatch: where the time of an update goes, part by part, without a gap.
+
+On a GPU, which works on by itself, a part is the time until its work is given to the device, and whoever needs a result
+waits for it; with --profile each part is waited for.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ PARTS = {
     "emulator": "the simulators' steps",
     "transfer": "observations to the device",
     "forward": "the network's forward passes, the scaling of observations included",
-    "sampling": "drawing actions, and taking them to the simulators",
+    "sampling": "drawing actions, taking them to the simulators, and their log-probabilities",
     "loss": "returns and loss",
     "backward": "the backward pass",
     "optimiser": "norm of the gradient, clip and step",

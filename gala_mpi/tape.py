@@ -114,6 +114,7 @@ class Tape:
             for network, outputs in zip(policy.networks, torch.split(self._outputs, widths, 1), strict=True)
         ]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._passes = 0
         self._parts = list(zip(torch.split(self._inputs, count), torch.split(self._outputs, count), strict=True))
 
     @torch.no_grad()
@@ -123,6 +124,7 @@ class Tape:
         On a GPU `observations` must be the same tensor at every call, with other values: a step becomes one CUDA graph,
         as its few small kernels take longer to launch than to run.
         """
+        self._passes += 1
         if observations.is_cuda:
             if t not in self._graphs:
                 self._graphs[t] = self._capture(t, observations)
@@ -155,10 +157,18 @@ class Tape:
     def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (T, N, actions) and values (T, N) of the first T steps, from which gradients find the parameters.
 
-        A backward pass through them must come before the next `forward`, and at the same parameters.
+        A backward pass through them must come before the next `forward`, else it raises RuntimeError, and at the same
+        parameters.
         """
+        passes = self._passes
+
+        def backward(outputs: torch.Tensor) -> None:
+            if self._passes != passes:
+                raise RuntimeError("the tape has gone on since this replay: its gradients are no longer known")
+            self._backward(outputs)
+
         outputs = self._outputs[: self._steps * self._count].clone().requires_grad_()
-        outputs.register_post_accumulate_grad_hook(self._backward)  # type: ignore[no-untyped-call]
+        outputs.register_post_accumulate_grad_hook(backward)  # type: ignore[no-untyped-call]
         shaped = outputs.view(self._steps, self._count, -1)
         return shaped[..., :-1], shaped[..., -1]
 

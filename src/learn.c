@@ -41,12 +41,12 @@ void scale_frames(size_t frames, size_t planes, size_t pixels, const uint8_t *re
 }
 
 MULTIVERSION void rmsprop(size_t count, float *restrict data, const float *restrict grad, float *restrict square,
-                          float scale, float learning_rate, float alpha, float epsilon)
+                          float scale, float learning_rate, double alpha, float epsilon)
 {
-    float rest = 1.0f - alpha;
+    float keep = (float)alpha, rest = (float)(1.0 - alpha);
     for (size_t i = 0; i < count; i++) {
         float g = grad[i] * scale;
-        float s = alpha * square[i] + rest * g * g;
+        float s = keep * square[i] + rest * g * g;
         square[i] = s;
         data[i] -= learning_rate * g / (sqrtf(s) + epsilon);
     }

@@ -12,6 +12,6 @@ void scale_frames(size_t frames, size_t planes, size_t pixels, const uint8_t *re
 /* One step of RMSprop on the gradient times `scale`, in one pass:
  * square <- alpha * square + (1 - alpha) * g * g, then data <- data - learning_rate * g / (sqrt(square) + epsilon). */
 void rmsprop(size_t count, float *restrict data, const float *restrict grad, float *restrict square, float scale,
-             float learning_rate, float alpha, float epsilon);
+             float learning_rate, double alpha, float epsilon);
 
 #endif

@@ -569,11 +569,12 @@ static PyObject *py_rmsprop(PyObject *Py_UNUSED(module), PyObject *args, PyObjec
     static char *names[] = {"data", "grad", "square", "scale", "learning_rate", "alpha", "epsilon", NULL};
     static const char *const buffer_names[] = {"data", "grad", "square"};
     PyObject *objects[3], *result = NULL;
-    float scale, learning_rate, alpha, epsilon;
+    float scale, learning_rate, epsilon;
+    double alpha;
     Py_buffer views[3];
     int taken = 0;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOffff", names, &objects[0], &objects[1], &objects[2], &scale,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOffdf", names, &objects[0], &objects[1], &objects[2], &scale,
                                      &learning_rate, &alpha, &epsilon))
         return NULL;
     for (; taken < 3; taken++) {

@@ -7,8 +7,8 @@ words of a Put in any order, or an atomic long after it was called.
 Shared words, all in the receiver's window:
 
     control      index of the middle slot (bits 0-1) | FRESH (bit 2). Both sides read and write it, through
-                 Fetch_and_op alone. MPI makes these atomic against each other, and keeps the order of those
-                 that one origin sends to one word; the Flush after each brings its result home.
+                 atomic swaps alone. MPI, or the processor, makes these atomic against each other, and keeps the
+                 order of those that one origin sends to one word; the Flush after each brings its result home.
     slots[s][w]  word w of slot s; word 0 is the header. Every word holds the update number of its message,
                  0 at first, so that a torn message shows. The sender writes them by Put, which lands word by
                  word, in any order, at the latest in the Flush before the publishing swap. The receiver reads
@@ -80,7 +80,7 @@ class Word(NamedTuple):
 
 
 class Atomic(NamedTuple):
-    """One Fetch_and_op on its way to the control word."""
+    """One atomic on its way to the control word."""
 
     op: Literal["NO_OP", "REPLACE"]
     operand: int = 0
@@ -145,7 +145,7 @@ def initial_state(protocol: Protocol) -> State:
 
 
 def swap(operand: int, is_atomic: bool, publishes: int = 0) -> tuple[Atomic, ...]:
-    """Fetch_and_op(REPLACE), or the load and the store that it must not be split into."""
+    """An atomic swap, or the load and the store that it must not be split into."""
     if is_atomic:
         return (Atomic("REPLACE", operand, "old", publishes),)
     return (Atomic("NO_OP", into="old"), Atomic("REPLACE", operand, "", publishes))

@@ -21,12 +21,17 @@ from gala_mpi.tape import Tape
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch can use no GPU here")
 
 
+@pytest.fixture(autouse=True)
+def _float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def policy(device: str) -> AtariPolicy:
     return AtariPolicy(6, torch.Generator().manual_seed(1)).to(device)
 
 
 def test_a_tape_gives_on_a_gpu_what_it_gives_on_the_cpu() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     frames = torch.randint(0, 256, (4, 8, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     found = []
     for device in ("cpu", "cuda"):
@@ -45,9 +50,49 @@ def test_a_tape_gives_on_a_gpu_what_it_gives_on_the_cpu() -> None:
         torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-4 * float(cpu.abs().max()))
 
 
+def test_a_rollout_on_a_gpu_is_of_the_observations_that_the_simulators_gave() -> None:
+    simulators = make_simulators(EnvironmentConfig(simulators=4), threads=1)
+    shown: list[np.ndarray] = []
+
+    class Remembering:
+        count = simulators.count
+
+        def reset(self, seed: int) -> np.ndarray:
+            shown.append(simulators.reset(seed).copy())
+            return shown[-1]
+
+        def step(self, actions: np.ndarray) -> object:
+            step = simulators.step(actions)
+            shown.append(np.array(step.observations))
+            return step
+
+    own = policy("cuda")
+    FlatParameters(own)
+    collector = Collector(Remembering(), own, 5, 1, torch.Generator("cuda").manual_seed(1))  # type: ignore[arg-type]
+    for begin in (0, 5):
+        rollout = collector.collect()
+        with torch.no_grad():
+            values = policy("cpu")(torch.from_numpy(np.concatenate(shown[begin : begin + 6])))[1].view(6, 4)
+        torch.testing.assert_close(rollout.values.detach().cpu(), values[:5], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(rollout.last_values.cpu(), values[5], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_a_rank_uses_the_device_that_is_its_own(mpi: Mpi, tmp_path: Path) -> None:
+    done = mpi.run(
+        *(2, "-m", "gala_mpi", "--device", "cuda", "--simulators", "4", "--total-steps", "4000", "--exchange", "none"),
+        *("--record-every", "1", "--out", str(tmp_path / "run")),
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        with h5py.File(tmp_path / "run" / f"rank-{rank:05d}.h5", "r", locking=False) as file:
+            rows = file["updates"][:]
+        # A tape that stood still would give the same losses again and again.
+        assert (rows["update_norm"] > 0).all() and len(set(rows["entropy"])) > len(rows) // 2
+
+
 def test_updates_on_a_gpu_are_those_on_the_cpu() -> None:
     """Of the same rollouts: what a GPU draws is another stream."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     simulators = make_simulators(EnvironmentConfig(simulators=4), threads=1)
     own = policy("cuda")
     flat = FlatParameters(own)

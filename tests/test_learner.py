@@ -323,3 +323,17 @@ def test_the_step_is_that_of_torchs_rmsprop(decay: str) -> None:
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - update / 40 if decay == "linear" else 1)
         optimizer.step()
         torch.testing.assert_close(flat.data, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_shows_in_the_parameters(value: float) -> None:
+    """As with torch's own: the exchange sees it, and quarantines the rank."""
+
+    def spoil(grad: torch.Tensor) -> None:
+        grad[0] = value
+
+    learner, flat, collector = small_learner(LearnerConfig(), average_gradient=spoil)
+    learner.update(collector.collect(), 0.0, measure=False)
+    assert flat.data[0].isnan() and (value == float("inf") or flat.data.isnan().all())
+    learner.forget()
+    assert (learner.mean_square == 0).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.shared_memory import SharedMemory
@@ -483,27 +484,32 @@ def test_swap_and_load_of_a_word() -> None:
     assert not memory[:8].any() and not memory[16:].any()
 
 
-def swap_in(name: str, values: range) -> list[int]:
-    """Swap the values into the word that shared memory begins with; what came out for each."""
+def swap_in(name: str, place: int, values: range) -> list[int]:
+    """Swap the values into the word that shared memory begins with, at the same time as another; what came out."""
     memory = SharedMemory(name)
-    word = np.frombuffer(memory.buf, np.int64, 1)
+    word, *flags = np.frombuffer(memory.buf, np.int64, 3).reshape(3, 1)
+    _native.swap(flags[place], 1)
+    deadline = time.monotonic() + 60
+    while not _native.load(flags[1 - place]):
+        assert time.monotonic() < deadline, "the other process has not come"
     got = [_native.swap(word, value) for value in values]
-    del word
+    del word, flags
     memory.close()
     return got
 
 
 def test_swap_loses_nothing_between_processes() -> None:
     """Each of the values that processes swap in comes out once, or is left."""
-    memory = SharedMemory(create=True, size=8)
+    memory = SharedMemory(create=True, size=24)
     try:
-        parts = [range(first, 1 + 200_000, 2) for first in (1, 2)]
+        parts = [range(first, 1 + 1_000_000, 2) for first in (1, 2)]
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            got = [part.result() for part in [pool.submit(swap_in, memory.name, part) for part in parts]]
+            started = [pool.submit(swap_in, memory.name, place, part) for place, part in enumerate(parts)]
+            got = [process.result() for process in started]
         left = _native.load(memory.buf[:8])
     finally:
         memory.unlink()
-    assert sorted([*got[0], *got[1], left]) == list(range(1 + 200_000))
+    assert sorted([*got[0], *got[1], left]) == list(range(1 + 1_000_000))
 
 
 @pytest.mark.parametrize(
@@ -565,10 +571,11 @@ def test_rmsprop_agrees_with_its_twin(seed: int, size: int) -> None:
     rng = np.random.default_rng(seed)
     data, grad = draw_values(rng, size), draw_values(rng, size)
     square = np.abs(draw_values(rng, size))
-    scale, learning_rate, alpha, epsilon = np.float32([rng.random(), 10 ** rng.uniform(-4, 0), 0.99, 1e-5])
+    scale, learning_rate, epsilon = np.float32([rng.random(), 10 ** rng.uniform(-4, 0), 1e-5])
+    alpha = rng.uniform(0.9, 1)
     with np.errstate(all="ignore"):
         taken = grad * scale
-        expected_square = alpha * square + (np.float32(1) - alpha) * taken * taken
+        expected_square = np.float32(alpha) * square + np.float32(1 - alpha) * taken * taken
         expected = data - learning_rate * taken / (np.sqrt(expected_square) + epsilon)
     _native.rmsprop(data, grad, square, scale, learning_rate, alpha, epsilon)
     np.testing.assert_array_equal(square, expected_square)

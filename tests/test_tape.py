@@ -76,3 +76,5 @@ def test_what_was_replayed_stays_when_the_tape_goes_on() -> None:
     before = values.detach().clone()
     tape.forward(0, observations[1])
     assert torch.equal(values, before)
+    with pytest.raises(RuntimeError, match="gone on"):
+        values.sum().backward()
