@@ -177,8 +177,10 @@ def measure(ranks: int, kinds: dict[str, Straggling], args: argparse.Namespace) 
     return found, free
 
 
-def simulate(free: dict[str, Run], kinds: dict[str, Straggling], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Ranks of a cluster, from the free runs of one rank a core; prints a line for each."""
+def simulate(
+    free: dict[str, Run], kinds: dict[str, Straggling], args: argparse.Namespace
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What it begins with, and ranks of a cluster, from the free runs of one rank a core; prints a line for each."""
     network = Network(args.latency_us * 1e-6, args.gbit_per_s * 1e9 / 8)
     measured = np.concatenate(free["none"].compute_s)
     middle, nearly_all = np.quantile(measured, [0.5, 0.99])
@@ -189,6 +191,8 @@ def simulate(free: dict[str, Run], kinds: dict[str, Straggling], args: argparse.
         f"{measured.max() * 1e3:.1f} (longest); an exchange in the background costs {exchange_s * 1e3:.2f} ms\n"
         " ranks  exchange   straggling    steps/s  of ideal   mixed  staleness, most"
     )
+    begun = {"updates": len(measured), "median_s": middle, "p99_s": nearly_all, "longest_s": measured.max()}
+    begun["exchange_s"] = exchange_s
     cases = [(name, held_up, measured) for name, held_up in kinds.items()]
     cases.append(("no tail", Straggling(), measured[measured <= nearly_all]))
     found = []
@@ -212,7 +216,7 @@ def simulate(free: dict[str, Run], kinds: dict[str, Straggling], args: argparse.
                     f"{outcome.mixed_share:>6.1%}  {outcome.staleness_mean:>9.2f}  {outcome.staleness_most:>4d}",
                     flush=True,
                 )
-    return found
+    return {name: float(value) for name, value in begun.items()}, found
 
 
 def main() -> None:
@@ -251,10 +255,10 @@ def main() -> None:
         f"{args.latency_us:g} us for each rank"
     )
     free[fitting]["background"] = run(fitting, "gossip", kinds["free"], args, "--delivery", "background")
-    simulated = simulate(free[fitting], kinds, args)
+    begun, simulated = simulate(free[fitting], kinds, args)
     if args.out:
         settings = {**vars(args), "out": None, "machine": platform.processor() or platform.machine(), "cores": cores}
-        results = {"settings": settings, "measured": measured, "simulated": simulated}
+        results = {"settings": settings, "measured": measured, "simulated_from": begun, "simulated": simulated}
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 

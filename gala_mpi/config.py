@@ -147,7 +147,7 @@ class RecordConfig:
     out: Path | None = None
     """Folder of the run; must not hold a run yet. By default a new folder under runs/."""
     record_every: int = 10
-    """Updates between two rows of the tables updates and neighbours."""
+    """Updates between two rows of the tables updates, profile and neighbours."""
     flush_every_s: float = 5.0
     """Seconds between two writes to the file: the most that a killed run loses."""
     sketch_every_s: float = 10.0
