@@ -352,8 +352,9 @@ def _signals(stop: StopRequest) -> Iterator[None]:
 def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
     exchange = config.exchange.exchange
     how = f"{exchange} over a {config.exchange.topology}" if exchange == "gossip" else f"exchange {exchange}"
+    ranks = "1 rank" if comm.size == 1 else f"{comm.size} ranks"
     return (
-        f"gala-mpi {__version__}: {config.environment.env}, {comm.size} rank{'s' * (comm.size > 1)} x {config.environment.simulators} "
+        f"gala-mpi {__version__}: {config.environment.env}, {ranks} x {config.environment.simulators} "
         f"simulators, {how}, {info.mpi_library}\nmetrics in {info.folder}"
     )
 
