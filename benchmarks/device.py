@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from scaling import launcher, read
 
 QUERIED = "utilization.gpu,memory.used,power.draw"

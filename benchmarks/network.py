@@ -42,6 +42,7 @@ EXCHANGES = {
     "none": ("--exchange", "none"),
     "allreduce": ("--exchange", "allreduce"),
 }
+COMPARED = [exchange for exchange in EXCHANGES if exchange != "none"]
 # Left out at either end of a run.
 MARGIN_S = 1
 # Until the ranks have started, and from the time limit to the end.
@@ -131,7 +132,7 @@ def report(runs: dict[str, list[dict[str, Any]]]) -> None:
             f"{exchange:9s}: {median['steps_per_s']:,.0f} steps/s, {sent:.1f} Mbit/s sent per host, "
             f"{median['mixed_share']:.1%} of updates mixed, {share:.2%} of the time in the exchange"
         )
-    for exchange in ("gossip", "float16", "allreduce"):
+    for exchange in COMPARED:
         found = ratios(runs, exchange)
         print(f"{exchange} / none: {statistics.median(found):.3f} ({min(found):.3f} to {max(found):.3f})")
 
@@ -169,7 +170,7 @@ def main() -> None:
     if args.out:
         about = {"machine": f"{cpu_name()}, {os.cpu_count()} CPUs, shared with other work"}
         settings = {**vars(args), "out": None, **about}
-        over_none = {exchange: ratios(runs, exchange) for exchange in ("gossip", "float16", "allreduce")}
+        over_none = {exchange: ratios(runs, exchange) for exchange in COMPARED}
         args.out.write_text(json.dumps({"settings": settings, "over_none": over_none, "runs": runs}, indent=1) + "\n")
 
 

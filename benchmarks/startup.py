@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from scaling import launcher
 
 # Every rank writes how long it took to import what it needs, and to make its simulators.

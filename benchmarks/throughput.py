@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+from scaling import launcher
 
 GAMES = ("ALE/Pong-v5", "ALE/Breakout-v5", "ALE/SpaceInvaders-v5")
 ROLLOUT, FRAME_SKIP = 5, 4
@@ -49,7 +50,7 @@ def ours(game: str, args: argparse.Namespace) -> float:
     """One run of gala-mpi."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        command = ["mpirun", "-n", str(args.ranks), sys.executable, "-m", "gala_mpi", "train", "--env", game]
+        command = [launcher(), "-n", str(args.ranks), sys.executable, "-m", "gala_mpi", "train", "--env", game]
         command += ["--simulators", str(args.simulators), "--rollout-steps", str(ROLLOUT), "--device", "cpu"]
         command += ["--frame-skip", str(FRAME_SKIP), "--total-steps", "1_000_000_000"]
         command += ["--time-limit-s", str(args.seconds), "--record-every", "1", "--out", str(folder)]

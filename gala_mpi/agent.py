@@ -169,7 +169,6 @@ class Agent:
                 self._show()
                 if on_update is not None:
                     on_update(self._update)
-                self._stopwatch.lap("status")
             # What ends this rank ends the others too: they are to see it with their next update.
             with self._limit():
                 self._board.tell()

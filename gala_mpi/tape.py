@@ -108,10 +108,10 @@ class Tape:
         rows = (steps + 1) * count
         self._inputs = policy.make_inputs(rows, shape)
         self._outputs = torch.zeros(rows, policy.actions + 1, device=self._inputs.device)
-        widths = [network[-1].get_parameter("bias").numel() for network in policy.networks]
+        self._widths = [network[-1].get_parameter("bias").numel() for network in policy.networks]
         self._networks = [
             list(_layers(network, self._inputs, outputs, count))
-            for network, outputs in zip(policy.networks, torch.split(self._outputs, widths, 1), strict=True)
+            for network, outputs in zip(policy.networks, torch.split(self._outputs, self._widths, 1), strict=True)
         ]
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._passes = 0
@@ -175,11 +175,8 @@ class Tape:
     @torch.no_grad()
     def _backward(self, outputs: torch.Tensor) -> None:
         assert outputs.grad is not None
-        column = 0
-        for network in self._networks:
-            width = network[-1].outputs.shape[1]
-            grad: torch.Tensor | None = outputs.grad[:, column : column + width]
-            column += width
+        grad: torch.Tensor | None
+        for network, grad in zip(self._networks, torch.split(outputs.grad, self._widths, 1), strict=True):
             for layer in reversed(network):
                 assert grad is not None
                 grad = layer.backward(grad, first=layer is network[0])

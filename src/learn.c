@@ -5,15 +5,15 @@
 #include "multiversion.h"
 
 /* Pixels are interleaved a block at a time as bytes, then scaled as one run: both loops become vector code. */
-enum { BLOCK = 64, MOST_PLANES = 4 };
+enum { BLOCK = 64 };
 
-INLINE void scale_block(size_t planes, size_t pixels, size_t length, const uint8_t *restrict in, float *restrict out)
+INLINE void scale_block_of_4(size_t pixels, size_t length, const uint8_t *restrict in, float *restrict out)
 {
-    uint8_t mixed[BLOCK * MOST_PLANES];
+    uint8_t mixed[4 * BLOCK];
     for (size_t p = 0; p < length; p++)
-        for (size_t c = 0; c < planes; c++)
-            mixed[p * planes + c] = in[c * pixels + p];
-    for (size_t i = 0; i < length * planes; i++)
+        for (size_t c = 0; c < 4; c++)
+            mixed[4 * p + c] = in[c * pixels + p];
+    for (size_t i = 0; i < 4 * length; i++)
         out[i] = (float)mixed[i] / 255.0f;
 }
 
@@ -23,8 +23,8 @@ MULTIVERSION static void scale_frames_of_4(size_t frames, size_t pixels, const u
     for (size_t f = 0; f < frames; f++, in += 4 * pixels, out += 4 * pixels) {
         size_t p = 0;
         for (; p + BLOCK <= pixels; p += BLOCK)
-            scale_block(4, pixels, BLOCK, in + p, out + 4 * p);
-        scale_block(4, pixels, pixels - p, in + p, out + 4 * p);
+            scale_block_of_4(pixels, BLOCK, in + p, out + 4 * p);
+        scale_block_of_4(pixels, pixels - p, in + p, out + 4 * p);
     }
 }
 

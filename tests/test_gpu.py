@@ -31,6 +31,20 @@ def policy(device: str) -> AtariPolicy:
     return AtariPolicy(6, torch.Generator().manual_seed(1)).to(device)
 
 
+def train(mpi: Mpi, folder: Path, *more: str) -> list[np.ndarray]:
+    """A short run of two ranks; the table updates of each."""
+    done = mpi.run(
+        *(2, "-m", "gala_mpi", "--device", "cuda", "--simulators", "4", "--total-steps", "4000", *more),
+        *("--record-every", "1", "--out", str(folder)),
+    )
+    assert done.returncode == 0, done.stderr
+    found = []
+    for rank in range(2):
+        with h5py.File(folder / f"rank-{rank:05d}.h5", "r", locking=False) as file:
+            found.append(file["updates"][:])
+    return found
+
+
 def test_a_tape_gives_on_a_gpu_what_it_gives_on_the_cpu() -> None:
     frames = torch.randint(0, 256, (4, 8, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     found = []
@@ -79,14 +93,7 @@ def test_a_rollout_on_a_gpu_is_of_the_observations_that_the_simulators_gave() ->
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_a_rank_uses_the_device_that_is_its_own(mpi: Mpi, tmp_path: Path) -> None:
-    done = mpi.run(
-        *(2, "-m", "gala_mpi", "--device", "cuda", "--simulators", "4", "--total-steps", "4000", "--exchange", "none"),
-        *("--record-every", "1", "--out", str(tmp_path / "run")),
-    )
-    assert done.returncode == 0, done.stderr
-    for rank in range(2):
-        with h5py.File(tmp_path / "run" / f"rank-{rank:05d}.h5", "r", locking=False) as file:
-            rows = file["updates"][:]
+    for rows in train(mpi, tmp_path / "run", "--exchange", "none"):
         # A tape that stood still would give the same losses again and again.
         assert (rows["update_norm"] > 0).all() and len(set(rows["entropy"])) > len(rows) // 2
 
@@ -110,12 +117,5 @@ def test_updates_on_a_gpu_are_those_on_the_cpu() -> None:
 
 
 def test_ranks_share_a_device(mpi: Mpi, tmp_path: Path) -> None:
-    done = mpi.run(
-        *(2, "-m", "gala_mpi", "--device", "cuda", "--simulators", "4", "--total-steps", "4000", "--profile"),
-        *("--record-every", "1", "--out", str(tmp_path / "run")),
-    )
-    assert done.returncode == 0, done.stderr
-    for rank in range(2):
-        with h5py.File(tmp_path / "run" / f"rank-{rank:05d}.h5", "r", locking=False) as file:
-            rows = file["updates"][:]
+    for rows in train(mpi, tmp_path / "run", "--profile"):
         assert np.isfinite(rows["policy_loss"]).all() and rows["messages_mixed"][-1] > 0
