@@ -8,12 +8,13 @@ cores and its own environment, of the same game, with as many simulators in all,
 its features extractor), the same rollout length, and RMSprop. Each run's first seconds are left out.
 
 Before each game's runs the limit is measured, on all cores at once: the emulator alone, at random actions, and the peak
-of torch's float32 matrix product. With them a step takes at least
+of torch's matrix product, in the precision of the run. With them a step takes at least
 
     1 / (steps a second of the emulator) + (floating-point operations of a step) / (peak)
 
 on a core; a step's operations are those of its forward and backward pass and of its share of the bootstrap value, as
 torch counts them. What both would do at the same time is not taken off: one core does one thing at a time.
+`--precisions float32 bfloat16` runs both, which is of use where the processor has products of bfloat16.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ def speed(times: list[float], steps: list[int]) -> float:
     return (steps[last] - steps[first]) / (times[last] - times[first])
 
 
-def ours(game: str, args: argparse.Namespace) -> float:
+def ours(game: str, precision: str, args: argparse.Namespace) -> float:
     """One run of gala-mpi."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         command = [launcher(), "-n", str(args.ranks), sys.executable, "-m", "gala_mpi", "train", "--env", game]
         command += ["--simulators", str(args.simulators), "--rollout-steps", str(ROLLOUT), "--device", "cpu"]
-        command += ["--frame-skip", str(FRAME_SKIP), "--total-steps", "1_000_000_000"]
+        command += ["--precision", precision, "--frame-skip", str(FRAME_SKIP), "--total-steps", "1_000_000_000"]
         command += ["--time-limit-s", str(args.seconds), "--record-every", "1", "--out", str(folder)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=args.seconds + 300)
         total = 0.0
@@ -153,13 +154,13 @@ def run_emulator(game: str, simulators: int, seconds: float) -> float:
     return steps / (time.perf_counter() - begin)
 
 
-def run_product(seconds: float) -> float:
-    """Floating-point operations a second of torch's float32 matrix product on this core."""
+def run_product(precision: str, seconds: float) -> float:
+    """Floating-point operations a second of torch's matrix product on this core."""
     import torch
 
     torch.set_num_threads(1)
     side = 1024
-    a, b, out = torch.rand(side, side), torch.rand(side, side), torch.empty(side, side)
+    a, b, out = torch.rand(3, side, side).to(getattr(torch, precision))
     torch.mm(a, b, out=out)
     products, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
@@ -209,12 +210,15 @@ def on_all_cores(*worker: str) -> list[float]:
 def limit(game: str, args: argparse.Namespace) -> dict[str, Any]:
     """The roofline of this machine for one game."""
     emulator = on_all_cores("--emulator", game, "--simulators", str(args.simulators))
-    product = on_all_cores("--product")
+    products = {precision: on_all_cores("--product", precision) for precision in args.precisions}
     work = operations(game)
-    steps = sum(1 / (1 / alone + work / peak) for alone, peak in zip(emulator, product, strict=True))
+    steps = {
+        precision: sum(1 / (1 / alone + work / peak) for alone, peak in zip(emulator, product, strict=True))
+        for precision, product in products.items()
+    }
     return {
         "emulator_steps_per_s": emulator,
-        "product_flop_per_s": product,
+        "product_flop_per_s": products,
         "flop_per_step": work,
         "steps_per_s": steps,
     }
@@ -223,20 +227,27 @@ def limit(game: str, args: argparse.Namespace) -> dict[str, Any]:
 def measure(game: str, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one game; prints them."""
     roof = limit(game, args)
-    found: dict[str, list[float]] = {"gala-mpi": [], "stable-baselines3": []}
+    theirs: list[float] = []
+    mine: dict[str, list[float]] = {precision: [] for precision in args.precisions}
     for _ in range(args.repeats):
-        found["gala-mpi"].append(ours(game, args))
-        found["stable-baselines3"].append(peers(game, args))
-    ratios = [mine / theirs for mine, theirs in zip(found["gala-mpi"], found["stable-baselines3"], strict=True)]
-    shares = [mine / roof["steps_per_s"] for mine in found["gala-mpi"]]
-    mine, theirs = (statistics.median(found[name]) for name in ("gala-mpi", "stable-baselines3"))
-    print(
-        f"{game}: gala-mpi {mine:,.0f} steps/s ({mine * FRAME_SKIP:,.0f} frames/s), stable-baselines3 {theirs:,.0f}, "
-        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); limit "
-        f"{roof['steps_per_s']:,.0f} steps/s, of which {statistics.median(shares):.2f}",
-        flush=True,
-    )
-    return {"limit": roof, "steps_per_s": found, "ratio": ratios, "share_of_limit": shares}
+        for precision, speeds in mine.items():
+            speeds.append(ours(game, precision, args))
+        theirs.append(peers(game, args))
+    print(f"{game}: stable-baselines3 {statistics.median(theirs):,.0f} steps/s", flush=True)
+    ratios, shares = {}, {}
+    for precision, speeds in mine.items():
+        highest = roof["steps_per_s"][precision]
+        ratio = ratios[precision] = [own / other for own, other in zip(speeds, theirs, strict=True)]
+        share = shares[precision] = [own / highest for own in speeds]
+        middle = statistics.median(speeds)
+        print(
+            f"  gala-mpi, {precision}: {middle:,.0f} steps/s ({middle * FRAME_SKIP:,.0f} frames/s), ratio "
+            f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f}); {statistics.median(share):.2f} of "
+            f"the limit, {highest:,.0f} steps/s",
+            flush=True,
+        )
+    speeds_of_all = {**{f"gala-mpi, {name}": speeds for name, speeds in mine.items()}, "stable-baselines3": theirs}
+    return {"limit": roof, "steps_per_s": speeds_of_all, "ratio": ratios, "share_of_limit": shares}
 
 
 def main() -> None:
@@ -245,20 +256,20 @@ def main() -> None:
     parser.add_argument("--games", nargs="+", default=list(GAMES))
     parser.add_argument("--ranks", type=int, default=len(os.sched_getaffinity(0)), help="one a core is the default")
     parser.add_argument("--simulators", type=int, default=16, help="of a rank")
+    parser.add_argument("--precisions", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument("--seconds", type=float, default=40, help="length of a run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer-processes", type=int, choices=(0, 1), default=0, help="1: its simulators get processes")
     parser.add_argument("--out", type=Path, help="write the raw figures to this JSON file")
-    for worker in ("--peer", "--emulator"):
+    for worker in ("--peer", "--emulator", "--product"):
         parser.add_argument(worker, help=argparse.SUPPRESS)
-    parser.add_argument("--product", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer:
         print(run_peer(args.peer, args.simulators, args.seconds, args.peer_processes))
     elif args.emulator:
         print(run_emulator(args.emulator, args.simulators, 5))
     elif args.product:
-        print(run_product(5))
+        print(run_product(args.product, 5))
     else:
         if args.seconds < 2 * WARM_UP_S:
             parser.error(f"--seconds: {args.seconds:g} is too short; at least {2 * WARM_UP_S:g}")

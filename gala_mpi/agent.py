@@ -119,9 +119,8 @@ class Agent:
         generator = _generator(int(action_seed), device)
         steps = config.learner.rollout_steps
         # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
-        self._collector = Collector(
-            self._simulators, self._policy, steps, int(simulator_seed) >> 2, generator, self._stopwatch
-        )
+        seed, dtype = int(simulator_seed) >> 2, getattr(torch, config.learner.precision)
+        self._collector = Collector(self._simulators, self._policy, steps, seed, generator, self._stopwatch, dtype)
         # The same instant on all ranks, from which they count.
         self._t0 = comm.bcast(time.time())
         self._recorder = on_all_ranks(comm, lambda: self._make_recorder(info))

@@ -98,6 +98,9 @@ class LearnerConfig:
     """Decay of RMSprop's running mean square."""
     rmsprop_epsilon: float = 1e-5
     """Term that keeps RMSprop's divisor above zero."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the network below its heads computes; parameters, their gradients and the optimiser are float32.
+    bfloat16 is faster where the processor multiplies it itself (AMX on a CPU, any recent GPU), else much slower."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers, for tasks with a flat observation."""
 

@@ -34,9 +34,9 @@ class Policy(nn.Module, ABC):
     def prepare(self, observations: torch.Tensor, inputs: torch.Tensor) -> None:
         """Write into `inputs` what the networks work on."""
 
-    def make_inputs(self, rows: int, shape: Sequence[int]) -> torch.Tensor:
-        """Room for what `prepare` makes of as many observations of a shape."""
-        return torch.zeros(rows, *shape, device=next(self.parameters()).device)
+    def make_inputs(self, rows: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Room for what `prepare` makes of as many observations of a shape, in float32 or bfloat16."""
+        return torch.zeros(rows, *shape, dtype=dtype, device=next(self.parameters()).device)
 
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and values of observations as the simulators give them."""
@@ -85,16 +85,18 @@ class AtariPolicy(Policy):
         """One for both heads."""
         return ([*self.body, self.head],)
 
-    def make_inputs(self, rows: int, shape: Sequence[int]) -> torch.Tensor:
+    def make_inputs(self, rows: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Frames with channels last."""
-        return super().make_inputs(rows, shape).to(memory_format=torch.channels_last)
+        return super().make_inputs(rows, shape, dtype).to(memory_format=torch.channels_last)
 
     def prepare(self, observations: torch.Tensor, inputs: torch.Tensor) -> None:
         """Scale frames."""
         if observations.dtype == torch.uint8 and observations.device.type == "cpu":
-            _native.scale_frames(observations.numpy(), inputs.permute(0, 2, 3, 1).numpy())
+            # NumPy has no bfloat16: its bits go as integers.
+            out = inputs.view(torch.uint16) if inputs.dtype == torch.bfloat16 else inputs
+            _native.scale_frames(observations.numpy(), out.permute(0, 2, 3, 1).numpy())
         else:
-            inputs.copy_(observations).div_(255)
+            inputs.copy_(observations.to(torch.float32).div_(255))
 
 
 class MLPPolicy(Policy):

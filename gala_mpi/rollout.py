@@ -58,6 +58,7 @@ class Collector:
         seed: int,
         generator: torch.Generator,
         stopwatch: Stopwatch | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._simulators, self._policy, self._steps = simulators, policy, steps
         self._stopwatch = stopwatch or Stopwatch()
@@ -65,7 +66,7 @@ class Collector:
         self._device = next(policy.parameters()).device
         self._staging: tuple[torch.Tensor, torch.Tensor] | None = None
         observations = simulators.reset(seed)
-        self._tape = Tape(policy, steps, simulators.count, observations.shape[1:])
+        self._tape = Tape(policy, steps, simulators.count, observations.shape[1:], dtype)
         self._actions = torch.zeros(steps, simulators.count, dtype=torch.int64, device=self._device)
         self._noise = torch.zeros(steps, simulators.count, policy.actions, device=self._device)
         self._observations = self._show(observations)

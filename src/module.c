@@ -50,15 +50,21 @@ static int take(PyObject *object, const char *name, const char *formats, int wri
     return -1;
 }
 
-static int take_float32(PyObject *object, const char *name, int writable, Py_buffer *view)
+/* Take a buffer of values that lie at a multiple of their size. */
+static int take_aligned(PyObject *object, const char *name, const char *formats, int writable, Py_buffer *view)
 {
-    if (take(object, name, "f", writable, view) < 0)
+    if (take(object, name, formats, writable, view) < 0)
         return -1;
-    if ((uintptr_t)view->buf % sizeof(float) == 0)
+    if ((uintptr_t)view->buf % (uintptr_t)view->itemsize == 0)
         return 0;
-    PyErr_Format(PyExc_ValueError, "%s: expected float32 values at a multiple of 4 bytes", name);
+    PyErr_Format(PyExc_ValueError, "%s: expected values at a multiple of %zd bytes", name, view->itemsize);
     PyBuffer_Release(view);
     return -1;
+}
+
+static int take_float32(PyObject *object, const char *name, int writable, Py_buffer *view)
+{
+    return take_aligned(object, name, "f", writable, view);
 }
 
 /* Take a buffer of items of the wire type, as bytes or in its own format. */
@@ -523,8 +529,8 @@ static PyObject *py_checksum(PyObject *Py_UNUSED(module), PyObject *object)
 PyDoc_STRVAR(scale_frames_doc,
 "scale_frames(frames, out)\n--\n\n"
 "out <- frames / 255, with the planes of a pixel side by side.\n\n"
-"frames: C-contiguous bytes (n, planes, height, width). out: writable C-contiguous float32 buffer (n, height, width,\n"
-"planes). Raises TypeError for a wrong type, ValueError for a wrong shape, layout or overlap. Local.");
+"frames: C-contiguous bytes (n, planes, height, width). out: writable C-contiguous buffer (n, height, width, planes) of\n"
+"float32, or of uint16 for the bits of bfloat16. Raises TypeError for a wrong type, ValueError for a wrong shape, layout or overlap. Local.");
 
 static PyObject *py_scale_frames(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
 {
@@ -535,10 +541,11 @@ static PyObject *py_scale_frames(PyObject *Py_UNUSED(module), PyObject *args, Py
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO", names, &frames_object, &out_object) ||
         take(frames_object, "frames", "B", 0, &frames) < 0)
         return NULL;
-    if (take_float32(out_object, "out", 1, &out) < 0) {
+    if (take_aligned(out_object, "out", "fH", 1, &out) < 0) {
         PyBuffer_Release(&frames);
         return NULL;
     }
+    int narrow = out.itemsize == sizeof(uint16_t);
     const Py_ssize_t *in_shape = frames.shape, *out_shape = out.shape;
     if (frames.ndim != 4 || out.ndim != 4 || out_shape[0] != in_shape[0] || out_shape[1] != in_shape[2] ||
         out_shape[2] != in_shape[3] || out_shape[3] != in_shape[1])
@@ -546,8 +553,11 @@ static PyObject *py_scale_frames(PyObject *Py_UNUSED(module), PyObject *args, Py
                         "out: expected the shape (n, height, width, planes) for frames (n, planes, height, width)");
     else if (refuse_overlap("out", "frames", &out, &frames) == 0) {
         Py_BEGIN_ALLOW_THREADS
-        scale_frames((size_t)in_shape[0], (size_t)in_shape[1], (size_t)(in_shape[2] * in_shape[3]), frames.buf,
-                     out.buf);
+        size_t images = (size_t)in_shape[0], planes = (size_t)in_shape[1], pixels = (size_t)(in_shape[2] * in_shape[3]);
+        if (narrow)
+            scale_frames_bfloat16(images, planes, pixels, frames.buf, out.buf);
+        else
+            scale_frames(images, planes, pixels, frames.buf, out.buf);
         Py_END_ALLOW_THREADS
         result = Py_NewRef(Py_None);
     }

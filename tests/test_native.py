@@ -547,6 +547,9 @@ def test_frames_are_scaled_and_their_planes_put_side_by_side(planes: int, side: 
     out = np.full((3, side, side, planes), np.nan, np.float32)
     _native.scale_frames(frames, out)
     np.testing.assert_array_equal(out, frames.transpose(0, 2, 3, 1).astype(np.float32) / np.float32(255))
+    narrow = np.zeros(out.shape, np.uint16)
+    _native.scale_frames(frames, narrow)
+    np.testing.assert_array_equal(narrow.ravel(), reference.encode(out.ravel(), "bfloat16").view(np.uint16))
 
 
 def test_scale_frames_refuses_what_it_cannot_take() -> None:

@@ -55,6 +55,35 @@ def test_outputs_and_gradients_are_those_of_plain_passes(kind: int) -> None:
     torch.testing.assert_close(found, flat.grad, rtol=1e-3, atol=1e-5 * float(flat.grad.abs().max()))
 
 
+@pytest.mark.parametrize("kind", range(3), ids=["atari", "two networks", "one layer"])
+def test_in_bfloat16_outputs_and_gradients_are_near_those_of_float32(kind: int) -> None:
+    policy, observations = policies()[kind]
+    flat = FlatParameters(policy)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tape = Tape(policy, STEPS, COUNT, observations.shape[2:], dtype)
+        for t in range(STEPS + 1):
+            logits, values = tape.forward(t, observations[t])
+            assert logits.dtype == values.dtype == torch.float32
+        flat.grad.zero_()
+        loss(*tape.replay()).backward()
+        found.append((*(x.detach() for x in tape.replay()), flat.grad.clone()))
+    for exact, rounded in zip(*found, strict=True):
+        # Eight bits of each value, in four layers at most; the heads in full.
+        assert float((exact - rounded).norm() / exact.norm()) < 0.02
+        assert kind == 2 or not torch.equal(exact, rounded)
+
+
+def test_a_rollout_in_bfloat16_begins_with_the_parameters_of_that_moment() -> None:
+    policy, observations = policies()[1]
+    flat = FlatParameters(policy)
+    tape = Tape(policy, STEPS, COUNT, observations.shape[2:], torch.bfloat16)
+    tape.forward(0, observations[0])
+    flat.data.mul_(1.5)
+    logits, values = tape.forward(0, observations[0])
+    torch.testing.assert_close((logits, values), policy(observations[0]), rtol=0.03, atol=0.03)
+
+
 def test_gradients_are_added_to_what_is_there() -> None:
     policy, observations = policies()[1]
     flat = FlatParameters(policy)

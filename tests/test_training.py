@@ -252,9 +252,12 @@ def test_atari_trains(mpi: Mpi, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", ["gossip", "allreduce"])
-def test_cartpole_is_solved(one_mpi: Mpi, exchange: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("exchange", "precision"), [("gossip", "float32"), ("allreduce", "float32"), ("gossip", "bfloat16")]
+)
+def test_cartpole_is_solved(one_mpi: Mpi, exchange: str, precision: str, tmp_path: Path) -> None:
     args = ("--preset", "cartpole", "--exchange", exchange, "--seed", "1", "--out", str(tmp_path / "run"))
+    args += ("--precision", precision)
     done = one_mpi.run(4, "-m", "gala_mpi", "train", *args, timeout_s=280)
     assert done.returncode == 0, done.stderr
     said = re.search(r"mean return ([\d.]+) over 100 episodes", done.stdout.splitlines()[-2])
