@@ -26,13 +26,22 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 def total_steps(run: Run, time_s: np.ndarray) -> np.ndarray:
     """Agent steps of all ranks together at the given instants, interpolated between a rank's rows in time."""
-    columns = ["rank", "time_s", "agent_steps"]
+    columns = ["rank", "segment", "time_s", "agent_steps"]
     known = pd.concat([run.table("updates")[columns], run.table("episodes")[columns]])
     total = np.zeros(len(time_s))
-    for _, rows in known.groupby("rank"):
-        rows = rows.sort_values(["time_s", "agent_steps"])
-        times = np.concatenate([[0.0], rows["time_s"]])
-        total += np.interp(time_s, times, np.concatenate([[0.0], rows["agent_steps"]]))
+    # A segment that went on from others has its own ranks, which count from what those had.
+    firsts = [run.segments[0], *(segment for segment in run.segments[1:] if segment.resumed is not None)]
+    for first, following in zip(firsts, [*firsts[1:], None], strict=True):
+        since = first.resumed["time_s"] if first.resumed else 0.0
+        until = following.resumed["time_s"] if following and following.resumed else np.inf
+        inside = (time_s >= since) & (time_s < until)
+        numbers = known["segment"]
+        part = known[(numbers >= first.number) & (numbers < (following.number if following else np.inf))]
+        for rank in first.files.keys() | set(part["rank"]):
+            rows = part[part["rank"] == rank].sort_values(["time_s", "agent_steps"])
+            times = np.concatenate([[since], rows["time_s"]])
+            steps = np.concatenate([[float(first.begins.get(rank, 0))], rows["agent_steps"]])
+            total[inside] += np.interp(time_s[inside], times, steps)
     return total
 
 

@@ -6,6 +6,7 @@ Reads files that are still being written, and files whose writer was killed. Nee
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -27,74 +28,113 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True)
+class Segment:
+    """One start of a run: its ranks' files, and what it went on from, if it did.
+
+    `resumed` is the attribute of that name. `begins[rank]` are the steps that each rank counted from.
+    """
+
+    number: int
+    size: int
+    files: dict[int, Path]
+    resumed: dict[str, Any] | None
+    begins: dict[int, int]
+
+    def voids(self, rank: int) -> float:
+        """The update of `rank` after which the rows of earlier segments are of training that was lost."""
+        if self.resumed is None:
+            return math.inf
+        # From the start, without a checkpoint: nothing before counts.
+        if self.resumed["time_s"] == 0:
+            return 0
+        updates = self.resumed["updates"]
+        return updates[rank] if rank < len(updates) else math.inf
+
+
+@dataclass(frozen=True)
 class Run:
-    """A run: what its files share, and where they are. `files[rank]` are the rank's segments in order."""
+    """A run: what its files share, and its segments in order. `size` is the number of ranks of the last one."""
 
     folder: Path
     run_id: str
     env_id: str
-    size: int
     config: dict[str, Any]
-    files: dict[int, list[Path]]
+    segments: list[Segment]
+
+    @property
+    def size(self) -> int:
+        """Ranks of the last segment."""
+        return self.segments[-1].size
 
     @property
     def missing(self) -> list[int]:
         """Ranks of the run that left no file here."""
-        return [rank for rank in range(self.size) if rank not in self.files]
+        return [rank for rank in range(self.size) if not any(rank in segment.files for segment in self.segments)]
 
     def table(self, name: str) -> pd.DataFrame:
-        """All rows of a table, rank by rank and segment by segment, with the column `rank` of the writer.
+        """All rows of a table, rank by rank and segment by segment, with two columns more: the writer's `rank`, `segment`.
 
-        In `neighbours`, whose own column `rank` is the sender, the writer's is `receiver`.
+        In `neighbours`, whose own column `rank` is the sender, the writer's is `receiver`. Rows of training that was
+        lost, since a later segment went on from before it, are left out.
         """
         writer = "receiver" if name == "neighbours" else "rank"
         frames = []
-        for rank, segments in sorted(self.files.items()):
-            for path in segments:
-                frame = _frame(_open(path, lambda file: file[name][:]))
+        for rank in sorted({rank for segment in self.segments for rank in segment.files}):
+            for index, segment in enumerate(self.segments):
+                if rank not in segment.files:
+                    continue
+                frame = _frame(_open(segment.files[rank], lambda file: _rows(file, name)))
+                frame = frame[
+                    frame["update"] <= min([later.voids(rank) for later in self.segments[index + 1 :]] or [math.inf])
+                ]
                 frame.insert(0, writer, rank)
+                frame.insert(1, "segment", segment.number)
                 frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
     def units(self, table: str) -> dict[str, str]:
         """Column -> unit, from the file."""
-        first = self.files[min(self.files)][0]
-        units: dict[str, str] = json.loads(_open(first, lambda file: file[table].attrs["units"]))
+        units: dict[str, str] = json.loads(self.attributes(table)["units"])
         return units
 
     def attributes(self, table: str) -> dict[str, Any]:
         """The attributes of a table in the first file."""
-        first = self.files[min(self.files)][0]
-        return _open(first, lambda file: dict(file[table].attrs))
+        files = self.segments[0].files
+        return _open(files[min(files)], lambda file: dict(file[table].attrs))
 
 
 def read_run(folder: Path) -> Run:
     """The run in `folder`. Raises RunError if there is none, or one that cannot be read."""
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder; expected the folder of a run")
-    files: dict[int, list[tuple[int, Path]]] = {}
+    files: dict[int, dict[int, Path]] = {}
     for path in folder.iterdir():
-        match = FILE_NAME.fullmatch(path.name)
-        if match:
-            files.setdefault(int(match[1]), []).append((int(match[2] or 0), path))
+        if match := FILE_NAME.fullmatch(path.name):
+            files.setdefault(int(match[2] or 0), {})[int(match[1])] = path
     if not files:
         raise RunError(f"{folder}: no file rank-00000.h5 or the like; expected the folder of a run")
-    ordered = {rank: [path for _, path in sorted(segments)] for rank, segments in sorted(files.items())}
-    heads = {path: _open(path, _head) for segments in ordered.values() for path in segments}
-    first = next(iter(heads.values()))
-    for path, head in heads.items():
-        if head["run_id"] != first["run_id"]:
-            raise RunError(
-                f"{path}: belongs to run {head['run_id']}, others here to {first['run_id']}; expected one run"
-            )
-    run = Run(folder, first["run_id"], first["env_id"], int(first["size"]), json.loads(first["config"]), ordered)
+    segments, first = [], None
+    for number, of_segment in sorted(files.items()):
+        heads = {rank: _open(path, _head) for rank, path in sorted(of_segment.items())}
+        head = heads[min(heads)]
+        first = first or head
+        for rank, other in heads.items():
+            if other["run_id"] != first["run_id"]:
+                raise RunError(
+                    f"{of_segment[rank]}: belongs to run {other['run_id']}, others here to {first['run_id']}; expected "
+                    "one run"
+                )
+        begins = {rank: other["resumed"]["agent_steps"] if other["resumed"] else 0 for rank, other in heads.items()}
+        segments.append(Segment(number, head["size"], dict(sorted(of_segment.items())), head["resumed"], begins))
+    assert first is not None
+    run = Run(folder, first["run_id"], first["env_id"], first["config"], segments)
     if run.missing:
         print(f"warning: {folder}: no file of rank {', '.join(map(str, run.missing))}", file=sys.stderr)
     return run
 
 
 def _head(file: h5py.File) -> dict[str, Any]:
-    """The root's attributes, once the file is known to follow a schema that this module reads."""
+    """What this module needs of the root's attributes, once the file is known to follow a schema that it reads."""
     version = file.attrs.get("schema")
     if version != SCHEMA_VERSION:
         raise RunError(f"{file.filename}: schema {version} is unknown; expected {SCHEMA_VERSION}")
@@ -102,16 +142,44 @@ def _head(file: h5py.File) -> dict[str, Any]:
         # Only tables of the file itself: a link could point anywhere.
         if not isinstance(file.get(name, getlink=True), h5py.HardLink):
             raise RunError(f"{file.filename}: table {name} is missing; expected {', '.join(TABLES)}")
-    return dict(file.attrs)
+    attributes = file.attrs
+    resumed = json.loads(attributes["resumed"]) if "resumed" in attributes else None
+    if resumed is not None:
+        numbers = [resumed["time_s"], resumed["agent_steps"], *resumed["updates"]]
+        if not all(type(number) in (int, float) and number >= 0 for number in numbers):
+            raise ValueError("its attribute resumed is not what a run writes")
+    return {
+        "run_id": str(attributes["run_id"]),
+        "env_id": str(attributes["env_id"]),
+        "size": int(attributes["size"]),
+        "config": json.loads(attributes["config"]),
+        "resumed": resumed,
+    }
+
+
+def _rows(file: h5py.File, name: str) -> np.ndarray:
+    """All rows of a table, which must lie in this file, and be no more than it can hold."""
+    table = file[name]
+    if not isinstance(table, h5py.Dataset) or table.ndim != 1 or not table.dtype.names or table.dtype.hasobject:
+        raise ValueError(f"{name} is no table")
+    if table.external or table.is_virtual:
+        raise ValueError(f"{name} takes its rows from other files")
+    # Of a file that is being written the length may be known a little before the rows.
+    if len(table) * table.dtype.itemsize > Path(file.filename).stat().st_size + 2**20:
+        raise ValueError(f"{name} declares {len(table):,} rows, more than the file holds")
+    return table[:]
 
 
 def _open(path: Path, read: Callable[[h5py.File], Any]) -> Any:
     """What `read` gives of a file that may still be written."""
+    if not path.is_file():
+        raise RunError(f"{path}: cannot be read; expected an HDF5 file of a run")
     try:
         with h5py.File(path, "r", swmr=True, locking=False) as file:
             return read(file)
-    except (OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    # What h5py raises depends on what is wrong with the file.
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, RecursionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"{path}: cannot be read; expected an HDF5 file of a run ({reason})") from error
 
 

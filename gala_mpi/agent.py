@@ -1,4 +1,8 @@
-"""The actor-learner: one rank's way through a run. Rollout, learn, exchange, record."""
+"""The actor-learner: one rank's way through a run. Rollout, learn, exchange, record.
+
+Whatever ends a rank early, but for its death, ends all ranks in the same way: they see it on the board, or in the
+all-reduce, finish the update that they are in, write a checkpoint and close their files.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import logging
 import math
 import os
 import platform
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +25,8 @@ import torch
 
 from gala_mpi import __version__, _native
 from gala_mpi.board import Board, Overview, board_bytes
+from gala_mpi.checkpoint import CheckpointError, CheckpointFolder
+from gala_mpi.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig, UsageError
 from gala_mpi.courier import Courier
@@ -32,16 +40,19 @@ from gala_mpi.monitor import Monitor
 from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.recorder import Recorder, rank_file
+from gala_mpi.resume import Resumption, find_checkpoints
 from gala_mpi.rollout import Collector
+from gala_mpi.run_folder import RunInfo
 from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
 from gala_mpi.waiting import Watchdog, wait_until
-from gala_mpi.window import library_version
+from gala_mpi.window import MpiError, library_version
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
 
 REFERENCE_SIMULATORS = 16
 STUCK = "the end of the run: the MPI library has not returned"
+STUCK_FILES = "writing metrics or a checkpoint: the file system has not answered"
 log = logging.getLogger(__name__)
 
 
@@ -56,34 +67,27 @@ class StopRequest:
 
 
 @dataclass(frozen=True)
-class RunInfo:
-    """What all ranks share about a run: made by rank 0, the same everywhere."""
-
-    folder: Path
-    made: list[Path]
-    """The folder and those above it, as far as they are this run's making; deepest first."""
-    run_id: str
-    started: str
-    mpi_library: str
-
-
-@dataclass(frozen=True)
 class Summary:
-    """How a rank's training ended. `speaker` is the rank that tells it; `lost` and `diverged` list ranks.
+    """How a rank's training ended. `speaker` is the rank that tells it; `lost`, `diverged` and `failed` list ranks.
 
-    `profile` has the seconds that the parts of its updates took (see `stopwatch`).
+    `agent_steps` and `updates` are those of this rank, `total_steps` those of all; `new_steps` are without what a run
+    that was resumed had before. `profile` has the seconds that the parts of its updates took (see `stopwatch`).
+    `unwritten` says that metrics, or the last checkpoint, could not be written.
     """
 
     agent_steps: int
     updates: int
     total_steps: int
+    new_steps: int
     seconds: float
     stopped: str | None
     overview: Overview
     speaker: int
     lost: list[int]
     diverged: list[int]
+    failed: list[int]
     profile: dict[str, float]
+    unwritten: bool
 
 
 class Agent:
@@ -102,7 +106,6 @@ class Agent:
         torch.set_num_threads(_threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
         # One stream for each use: parameters from the seed alone, simulators and actions by rank.
         shared = np.random.SeedSequence([config.run.seed])
-        simulator_seed, action_seed = np.random.SeedSequence([config.run.seed, comm.rank]).generate_state(2)
         self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
         self._policy = make_policy(config, self._simulators, _generator(int(shared.generate_state(1)[0]))).to(device)
         self._flat = FlatParameters(self._policy)
@@ -116,19 +119,65 @@ class Agent:
         rate = learning_rate(config, comm.size)
         average = self._exchange.average_gradient
         self._learner = Learner(self._flat, config.learner, rate, average, self._stopwatch)
+        resumption = self._find_checkpoints(info) if info.segment else None
+        stream = [config.run.seed, comm.rank]
+        if resumption is not None:
+            # What cannot go on begins anew, and not with what it began with before.
+            stream += [info.segment, resumption.learner.facts.update]
+        simulator_seed, action_seed = np.random.SeedSequence(stream).generate_state(2)
         generator = _generator(int(action_seed), device)
         steps = config.learner.rollout_steps
         # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
         seed, dtype = int(simulator_seed) >> 2, getattr(torch, config.learner.precision)
         self._collector = Collector(self._simulators, self._policy, steps, seed, generator, self._stopwatch, dtype)
-        # The same instant on all ranks, from which they count.
-        self._t0 = comm.bcast(time.time())
-        self._recorder = on_all_ranks(comm, lambda: self._make_recorder(info))
-        self._monitor: Monitor | None = None
-        self._next_sketch = 0
+        parts = Parts(self._flat, self._learner, self._collector, self._exchange, self._board, self._stopwatch)
+        identity = Identity(info.run_id, info.segment, comm.rank, comm.size, config.as_dict())
+        folder = on_all_ranks(comm, lambda: _checkpoint_folder(info.folder, comm.rank, config.record.keep_checkpoints))
+        self._checkpointer = Checkpointer(folder, parts, identity, config.record.checkpoint_every_s)
         self._agent_steps = self._update = 0
+        self._begin_s: float = 0.0
+        if resumption is not None:
+            self._agent_steps, self._update = resumption.agent_steps[comm.rank], resumption.learner.facts.update
+            self._begin_s = resumption.time_s
+            self._checkpointer.restore(resumption)
+        self._steps_before = self._board.total_steps
+        # The same instant on all ranks, from which they count; from then on by a clock that is never set back.
+        self._t0 = comm.bcast(time.time()) - self._begin_s
+        self._zero_s: float = time.monotonic() - (time.time() - self._t0)
+        self._recorder = on_all_ranks(comm, lambda: self._make_recorder(info, resumption))
+        self._monitor: Monitor | None = None
+        self._next_sketch = int(self._begin_s // config.record.sketch_every_s) + (resumption is not None)
+        self._all_written = True
 
-    def _make_recorder(self, info: RunInfo) -> Recorder:
+    def _find_checkpoints(self, info: RunInfo) -> Resumption | None:
+        """What this rank goes on from. Collective."""
+        flat, comm = self._flat, self._comm
+        resumption = find_checkpoints(
+            comm,
+            info.folder,
+            lambda checkpoint: expect(flat, info.run_id, checkpoint),
+            largest_bytes(flat),
+            log.warning,
+            synchronous=self._exchange.synchronous,
+        )
+        if comm.rank == 0:
+            if resumption is None:
+                log.warning("%s holds no checkpoint yet: the run begins anew", info.folder)
+            elif resumption.size_before != comm.size:
+                log.warning(
+                    "changed: ranks from %d to %d: rank r goes on from rank r modulo %d; the learning rate is %g now",
+                    resumption.size_before,
+                    comm.size,
+                    resumption.size_before,
+                    learning_rate(self._config, comm.size),
+                )
+        return resumption
+
+    def _now_s(self) -> float:
+        """Seconds of training since the run's beginning, those of earlier segments included."""
+        return time.monotonic() - self._zero_s
+
+    def _make_recorder(self, info: RunInfo, resumption: Resumption | None) -> Recorder:
         config, comm = self._config, self._comm
         packages = ("torch", "mpi4py", "gymnasium", "ale-py", "numpy", "h5py")
         attributes = {
@@ -138,7 +187,8 @@ class Agent:
             "node": platform.node(),
             "env_id": config.environment.env,
             "config": config.as_dict(),
-            "mpi_library": info.mpi_library,
+            "mpi_library": library_version(),
+            "segment": info.segment,
             "versions": {
                 "gala-mpi": __version__,
                 "python": platform.python_version(),
@@ -148,8 +198,18 @@ class Agent:
             "started": info.started,
             "t0": self._t0,
         }
+        if info.segment:
+            # Rows of earlier segments after these updates are of training that was lost.
+            attributes["resumed"] = {
+                "time_s": self._begin_s,
+                "update": self._update,
+                "agent_steps": self._agent_steps,
+                "size": resumption.size_before if resumption else comm.size,
+                "updates": resumption.updates if resumption else [0] * comm.size,
+            }
         try:
-            return Recorder(rank_file(info.folder, comm.rank), attributes, config.record, config.run.seed)
+            path = rank_file(info.folder, comm.rank, info.segment)
+            return Recorder(path, attributes, config.record, config.run.seed)
         except OSError as error:
             allowed = f"a folder that {platform.node()} can write ({error})"
             raise ConfigError("out", str(info.folder), allowed) from error
@@ -159,10 +219,11 @@ class Agent:
 
         `on_update`, if given, is called after every update with its number.
         """
-        self._begin_s = time.monotonic()
+        began_s = self._now_s()
         self._stopwatch.start()
-        diverged = False
+        diverged = failed = False
         try:
+            self._save()
             while self._progress() < 1 and not self._exchange.agree(self._wants_to_stop(stop)):
                 self._one_update()
                 self._show()
@@ -171,29 +232,56 @@ class Agent:
             # What ends this rank ends the others too: they are to see it with their next update.
             with self._limit():
                 self._board.tell()
+            self._save()
         except DivergedError as error:
             diverged = True
-            log.warning("this rank ends: %s", error)
+            log.warning("this rank ends, without a checkpoint of what diverged: %s", error)
+        except MpiError:
+            raise
+        except Exception:
+            failed = True
+            self._fail()
         finally:
-            self._recorder.close()
+            with self._watchdog.limit(4 * self._timeout_s, STUCK_FILES):
+                self._all_written &= self._recorder.close()
             if self._monitor is not None:
                 self._monitor.close()
         # The file is closed before the others are told: from then on they may end the job.
-        lost = self._end(diverged)
+        lost = self._end(diverged=diverged, failed=failed)
         return Summary(
             agent_steps=self._agent_steps,
             updates=self._update,
             total_steps=self._board.total_steps,
-            seconds=time.monotonic() - self._begin_s,
+            new_steps=self._board.total_steps - self._steps_before,
+            seconds=self._now_s() - began_s,
             stopped=stop.reason or ("another rank stopped" if self._board.stop_requested else None),
             overview=self._board.overview(),
             speaker=self._board.speaker,
             lost=lost,
             diverged=self._board.diverged,
+            failed=self._board.failed,
             profile=dict(self._stopwatch.seconds),
+            unwritten=not self._all_written or self._checkpointer.failing,
         )
 
-    def _end(self, diverged: bool) -> list[int]:
+    def _save(self) -> None:
+        """Write a checkpoint of the run as it is now."""
+        with self._watchdog.limit(4 * self._timeout_s, STUCK_FILES):
+            self._checkpointer.save(self._update, self._agent_steps, self._now_s())
+        self._stopwatch.lap("checkpoint")
+
+    def _fail(self) -> None:
+        """Say what went wrong in this rank, and let all others end with checkpoints and closed files."""
+        for line in traceback.format_exc().splitlines():
+            print(f"[{self._comm.rank}/{self._comm.size}] {line}", file=sys.stderr)
+        log.error("this rank ends by the error above, and all others with it; then --resume goes on from checkpoints")
+        with self._limit():
+            self._board.ask_all_to_stop()
+            self._board.tell()
+            if self._progress() < 1 and not self._exchange.agree(True):
+                self._exchange.give_up()
+
+    def _end(self, *, diverged: bool, failed: bool) -> list[int]:
         """Wait until all ranks are done and have met; those that are lost instead. Collective if there are none."""
         board = self._board
         met: list[Request] = []
@@ -216,7 +304,7 @@ class Agent:
 
         with self._limit():
             self._exchange.finish()
-            board.finish(diverged=diverged)
+            board.finish(diverged=diverged, failed=failed)
         # As long as others work and are heard: each of them ends, or falls silent and is lost.
         wait_until(all_done, math.inf)
         with self._limit():
@@ -246,7 +334,7 @@ class Agent:
         if self._monitor is None:
             every_s = self._config.record.progress_every_s
             # A rank may take over from one that is lost, in the middle of the run.
-            self._monitor = Monitor(run, every_s, self._begin_s, self._board.total_steps)
+            self._monitor = Monitor(run, every_s, self._zero_s + self._begin_s, self._board.total_steps)
         if self._monitor.due():
             self._monitor.show(self._board.overview())
 
@@ -256,7 +344,7 @@ class Agent:
         limit_s = math.inf if run.time_limit_s is None else run.time_limit_s
         if stop.reason:
             self._board.ask_all_to_stop()
-        return bool(stop.reason) or self._board.stop_requested or time.time() - self._t0 >= limit_s
+        return bool(stop.reason) or self._board.stop_requested or self._now_s() - self._begin_s >= limit_s
 
     def _progress(self) -> float:
         """Share of the budget that is spent."""
@@ -270,14 +358,17 @@ class Agent:
         exchange, counters, lap = self._exchange, self._exchange.counters, self._stopwatch.lap
         measure = (self._update + 1) % self._config.record.record_every == 0
         lap("status")
-        rollout = self._collector.collect()
+        timeout_s = self._config.environment.simulator_timeout_s
+        with self._watchdog.limit(timeout_s, f"a rollout takes longer than {timeout_s:g} s (--simulator-timeout-s)"):
+            rollout = self._collector.collect()
         losses = self._learner.update(rollout, self._progress(), measure=measure)
         self._update += 1
         self._agent_steps += rollout.rewards.numel()
-        now_s = time.time() - self._t0
+        now_s = self._now_s()
         for episode in rollout.episodes:
             row = (now_s, self._update, self._agent_steps, episode.env_index, episode.episode_return, episode.length)
             self._recorder.append("episodes", row)
+        self._checkpointer.note_episodes(rollout.episodes, now_s)
         lap("record")
         self._board.note_episodes(rollout.episodes, now_s)
         lap("status")
@@ -287,17 +378,20 @@ class Agent:
                 if exchange.step(self._agent_steps):
                     self._learner.forget()
             except DivergedError:
-                self._record(time.time() - self._t0, losses)
+                self._record(self._now_s(), losses)
                 raise
             lap("exchange")
             self._board.report(self._agent_steps, self._update, counters.staleness)
             lap("status")
-        now_s = time.time() - self._t0
+        now_s = self._now_s()
         if measure:
             self._record(now_s, losses)
         self._record_sketch(now_s)
-        self._recorder.flush_if_due()
-        lap("record")
+        with self._watchdog.limit(4 * self._timeout_s, STUCK_FILES):
+            self._recorder.flush_if_due()
+            lap("record")
+            self._checkpointer.save_if_due(self._update, self._agent_steps, self._now_s())
+            lap("checkpoint")
 
     def _record(self, now_s: float, losses: Losses) -> None:
         counters, when = self._exchange.counters, (now_s, self._update)
@@ -339,6 +433,13 @@ class Agent:
             sketch = np.zeros(record.sketch_dimension, np.float32)
             squared = _native.sketch(self._flat.host(), sketch, self._config.run.seed)
             self._recorder.append("sketches", (now_s, self._update, math.sqrt(squared), sketch))
+
+
+def _checkpoint_folder(run: Path, rank: int, keep: int) -> CheckpointFolder:
+    try:
+        return CheckpointFolder(run, rank, keep)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
 
 
 def make_policy(config: TrainConfig, simulators: Simulators, generator: torch.Generator) -> Policy:

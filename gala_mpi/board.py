@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 RECENT_EPISODES = 100
 TELL_EVERY_S = 0.05
-STOP, FINISHED, DIVERGED = 1, 2, 4
+STOP, FINISHED, DIVERGED, FAILED = 1, 2, 4, 8
 
 ROW = np.dtype(
     [
@@ -100,9 +101,19 @@ class Board:
         return [int(rank) for rank in np.flatnonzero(self._rows["flags"] & DIVERGED)]
 
     @property
+    def failed(self) -> list[int]:
+        """Ranks that ended by an error, ascending."""
+        return [int(rank) for rank in np.flatnonzero(self._rows["flags"] & FAILED)]
+
+    @property
     def speaker(self) -> int:
         """The rank that speaks for the run: the lowest that is not lost."""
         return int(np.argmin(self._lost))
+
+    def go_on_from(self, agent_steps: Sequence[int], update: int, episodes: int) -> None:
+        """Begin with the steps that each rank had taken, and this rank's updates and episodes."""
+        self._rows["agent_steps"] = agent_steps
+        self._mine["update"], self._mine["episodes"] = update, episodes
 
     def ask_all_to_stop(self) -> None:
         """Let every rank see, within a few beats, that the run is to end."""
@@ -145,9 +156,9 @@ class Board:
             staleness=int(self._rows["staleness"][~self._lost].max(initial=0)),
         )
 
-    def finish(self, *, diverged: bool = False) -> None:
+    def finish(self, *, diverged: bool = False, failed: bool = False) -> None:
         """Say that this rank is done."""
-        self._mine["flags"] |= FINISHED | (DIVERGED if diverged else 0)
+        self._mine["flags"] |= FINISHED | (DIVERGED if diverged else 0) | (FAILED if failed else 0)
         self.tell()
 
     @property

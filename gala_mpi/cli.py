@@ -1,25 +1,21 @@
 """The command line: reads the configuration, checks it on all ranks at once, and runs the agent.
 
-Exit codes: 0 the budget or the time limit is reached; 1 an error, with its traceback; 2 a setting that cannot
-be used; 3 as 0, but ranks were lost on the way; 4 as 0, but ranks ended as their parameters
-were not finite; 75 stopped by a signal before that.
+Exit codes: 0 the budget or the time limit is reached; 1 an error, with its traceback; 2 a setting that cannot be used;
+3 as 0, but ranks were lost on the way; 4 as 0, but ranks ended as their parameters were not finite; 5 as 0, but not all
+could be written; 75 stopped by a signal before that: --resume goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,6 +23,8 @@ from gala_mpi import __version__, arguments
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, load_preset
 from gala_mpi.environments import check_environment
+from gala_mpi.resume import check_changes
+from gala_mpi.run_folder import RunInfo, create_run, discard_run, holds_a_run, reopen_run, run_id_of, saved_config
 from gala_mpi.stopwatch import profile_table
 from gala_mpi.topology import make_topology
 from gala_mpi.waiting import Watchdog
@@ -34,13 +32,12 @@ from gala_mpi.waiting import Watchdog
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from gala_mpi.agent import RunInfo, StopRequest, Summary
+    from gala_mpi.agent import StopRequest, Summary
 
-EXIT_ERROR, EXIT_CONFIG, EXIT_LOST, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 4, 75
+EXIT_ERROR, EXIT_CONFIG, EXIT_LOST, EXIT_DIVERGED, EXIT_UNWRITTEN, EXIT_STOPPED = 1, 2, 3, 4, 5, 75
 GRACE_S = 1.0
 # Between the first rank that starts and the last: loading torch from a busy network file system takes minutes.
 START_WITHIN_S = 900.0
-CONFIG_FILE = "config.toml"
 OTHERS = """
 Other commands, each with a --help of its own:
   gala-mpi topology   degrees, mixing weights and spectral gap of a topology, and a drawing
@@ -147,12 +144,12 @@ def _train(args: list[str], comm: MPI.Intracomm) -> int:
     watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
     complaint = f"the start of the run: some rank has not come within {START_WITHIN_S:g} s"
     with watchdog.limit(START_WITHIN_S, complaint):
-        config = on_all_ranks(comm, lambda: check(parse(args), comm.size))
+        config, changes = on_all_ranks(comm, lambda: _read(args, comm.size))
         # Only now: torch takes seconds to import, and a bad setting should be told at once.
         from gala_mpi.agent import Agent, StopRequest
 
         stop = StopRequest()
-        info = create_run(config, comm)
+        info = reopen_run(config, comm) if config.run.resume else create_run(config, comm)
         try:
             agent = Agent(config, comm, info, watchdog)
         except UsageError:
@@ -160,7 +157,7 @@ def _train(args: list[str], comm: MPI.Intracomm) -> int:
                 discard_run(info)
             raise
     if comm.rank == 0:
-        print(_banner(config, comm, info), flush=True)
+        print("\n".join([_banner(config, comm, info), *changes]), flush=True)
     with _signals(stop):
         summary = agent.train(stop)
     if comm.rank == summary.speaker:
@@ -175,11 +172,15 @@ def _train(args: list[str], comm: MPI.Intracomm) -> int:
 
 
 def _exit_code(summary: Summary) -> int:
+    if summary.failed:
+        return EXIT_ERROR
     if summary.stopped:
         return EXIT_STOPPED
     if summary.lost:
         return EXIT_LOST
-    return EXIT_DIVERGED if summary.diverged else 0
+    if summary.diverged:
+        return EXIT_DIVERGED
+    return EXIT_UNWRITTEN if summary.unwritten else 0
 
 
 def _leave(comm: MPI.Intracomm, code: int, *, speaks: bool) -> NoReturn:
@@ -197,26 +198,53 @@ def _leave(comm: MPI.Intracomm, code: int, *, speaks: bool) -> NoReturn:
     os._exit(code)
 
 
+def _read(args: list[str], size: int) -> tuple[TrainConfig, list[str]]:
+    """The configuration, checked, and what has changed in it since the run that it resumes."""
+    config = check(parse(args), size)
+    folder = config.run.resume
+    return config, [] if folder is None else check_changes(saved_config(folder), config, folder)
+
+
 def parse(args: list[str]) -> TrainConfig:
-    """The configuration that the arguments describe, on top of the preset that they name."""
-    preset = RunConfig.preset
+    """The configuration that the arguments describe, on top of the preset that they name, or the run they resume."""
+    preset, resume = _option(args, "--preset"), _option(args, "--resume")
+    if resume is None:
+        before = load_preset(RunConfig.preset if preset is None else preset)
+    elif preset is not None:
+        raise ConfigError("preset", preset, "no preset with --resume, which goes on with the run's own settings")
+    else:
+        before = saved_config(Path(resume))
+        env = before.environment.env
+        # Gymnasium imports the module before the colon: no run's folder may choose what code runs.
+        if ":" in env and _option(args, "--env") != env:
+            raise ConfigError("resume", resume, f"a run whose environment needs no import, or --env {env} to allow it")
+    return arguments.parse(TrainConfig, "train", TRAIN_HELP, args, before)
+
+
+def _option(args: list[str], name: str) -> str | None:
+    """The last value that the arguments give an option, before they are parsed."""
+    value = None
     for index, arg in enumerate(args):
-        if arg == "--preset" and index + 1 < len(args):
-            preset = args[index + 1]
-        elif arg.startswith("--preset="):
-            preset = arg.partition("=")[2]
-    return arguments.parse(TrainConfig, "train", TRAIN_HELP, args, load_preset(preset))
+        if arg == name and index + 1 < len(args):
+            value = args[index + 1]
+        elif arg.startswith(f"{name}="):
+            value = arg.partition("=")[2]
+    return value
 
 
 def check(config: TrainConfig, size: int) -> TrainConfig:
     """The configuration, if `size` ranks can run it as far as can be told before anything is made."""
     make_topology(config.exchange.topology, size)
     check_environment(config.environment.env)
-    out = config.record.out
+    out, resume = config.record.out, config.run.resume
+    if out is not None and resume is not None:
+        raise ConfigError("out", str(out), "nothing with --resume: the run stays in its folder")
+    if resume is not None:
+        run_id_of(resume)
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError("out", str(out), "a folder, not a file")
-    if out is not None and out.is_dir() and (any(out.glob("rank-*.h5")) or (out / CONFIG_FILE).exists()):
-        raise ConfigError("out", str(out), "a folder that holds no run yet")
+    if out is not None and out.is_dir() and holds_a_run(out):
+        raise ConfigError("out", str(out), "a folder that holds no run yet (--resume goes on with one)")
     return config
 
 
@@ -273,75 +301,19 @@ def _print_once(text: str) -> int:
     return 0
 
 
-def create_run(config: TrainConfig, comm: MPI.Intracomm) -> RunInfo:
-    """Make the run's folder, with the configuration in it, and give all ranks what they share. Collective."""
-    from gala_mpi.agent import RunInfo
-    from gala_mpi.window import library_version
-
-    made = on_all_ranks(comm, lambda: _make_folder(config) if comm.rank == 0 else None)
-    info = None
-    if made is not None:
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        info = RunInfo(*made, uuid.uuid4().hex, started, library_version())
-    shared: RunInfo = comm.bcast(info)
-    return shared
-
-
-def discard_run(info: RunInfo) -> None:
-    """Take away what `create_run` made, and the files without a row; what is not of this run stays. Local."""
-    for path in (info.folder / CONFIG_FILE, *info.folder.glob("rank-*.h5")):
-        with contextlib.suppress(OSError):
-            path.unlink()
-    _remove(info.made)
-
-
-def _remove(folders: list[Path]) -> None:
-    """Remove folders, deepest first, as far as they are empty."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def _make_folder(config: TrainConfig) -> tuple[Path, list[Path]]:
-    """The run's folder, and which folders had to be made for it, deepest first."""
-    out = config.record.out
-    if out is None:
-        task = re.sub(r"[^A-Za-z0-9]+", "-", config.environment.env).strip("-").lower()
-        out = Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-    out = out.absolute()
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG_FILE).write_text(as_toml(config), "utf-8")
-    except OSError as error:
-        _remove(made)
-        raise ConfigError(
-            "out", str(config.record.out or out), f"a folder that can be written ({error.strerror})"
-        ) from error
-    return out.resolve(), made
-
-
-def as_toml(config: TrainConfig) -> str:
-    """The effective configuration as a preset of its own; what belongs to this run alone is left out."""
-    lines = ["# The effective configuration of this run; `--preset` reads it."]
-    for section, values in config.as_dict().items():
-        lines.append(f"\n[{section}]")
-        for name, value in values.items():
-            if value is not None and name not in ("preset", "out"):
-                # JSON's numbers, strings, booleans and flat lists are TOML's too.
-                lines.append(f"{name} = {json.dumps(value)}")
-    return "\n".join(lines) + "\n"
-
-
 @contextlib.contextmanager
 def _signals(stop: StopRequest) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for the end; a second one has its usual effect."""
+    """SIGINT, SIGTERM and SIGUSR1 ask for the end; a second one ends the process, whose files are whole at any time."""
 
     def handle(number: int, _frame: object) -> None:
         stop(signal.Signals(number).name)
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Ignored by jobs/outlive.sh: MPICH's launcher tells survivors of another's death by it.
+    if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
+        numbers.append(signal.SIGUSR1)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
@@ -350,12 +322,14 @@ def _signals(stop: StopRequest) -> Iterator[None]:
 
 
 def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
+    from gala_mpi.window import library_version
+
     exchange = config.exchange.exchange
     how = f"{exchange} over a {config.exchange.topology}" if exchange == "gossip" else f"exchange {exchange}"
     ranks = "1 rank" if comm.size == 1 else f"{comm.size} ranks"
     return (
         f"gala-mpi {__version__}: {config.environment.env}, {ranks} x {config.environment.simulators} "
-        f"simulators, {how}, {info.mpi_library}\nmetrics in {info.folder}"
+        f"simulators, {how}, {library_version()}\nmetrics in {info.folder}"
     )
 
 
@@ -364,10 +338,12 @@ def _farewell(summary: Summary, info: RunInfo) -> str:
 
     returns = returns_line(summary.overview)
     ended = f"stopped ({summary.stopped})" if summary.stopped else "finished"
-    speed = summary.total_steps / max(summary.seconds, 1e-9)
+    speed = summary.new_steps / max(summary.seconds, 1e-9)
     missed = f"lost ranks: {', '.join(map(str, summary.lost))}\n" if summary.lost else ""
+    missed += f"ranks that ended by an error: {', '.join(map(str, summary.failed))}\n" if summary.failed else ""
+    missed += "not all metrics and checkpoints could be written: see the warnings above\n" if summary.unwritten else ""
     missed += f"ranks that diverged: {', '.join(map(str, summary.diverged))}\n" if summary.diverged else ""
     return missed + (
         f"{ended}: {summary.total_steps:,} steps in {summary.seconds:,.1f} s ({speed:,.0f} steps/s), {returns}\n"
-        f"metrics in {info.folder}"
+        f"metrics in {info.folder}" + (f"; go on with --resume {info.folder}" if summary.stopped else "")
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -67,8 +68,11 @@ class EnvironmentConfig:
     """Atari: probability that the emulator repeats the previous action."""
     max_frames: int = 108_000
     """Atari: emulator frames after which a game is truncated."""
+    simulator_timeout_s: float = 600.0
+    """Seconds that a rollout may take: a simulator that hangs then ends its rank."""
 
     def __post_init__(self) -> None:
+        _above_zero(self, "simulator_timeout_s")
         _at_least(self, 1, "simulators", "frame_skip", "max_frames")
         _at_least(self, 0, "noop_max")
         _fraction(self, "sticky_actions")
@@ -145,7 +149,7 @@ class ExchangeConfig:
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """What a run leaves behind: one HDF5 file per rank."""
+    """What a run leaves behind: an HDF5 file and checkpoints of each rank."""
 
     out: Path | None = None
     """Folder of the run; must not hold a run yet. By default a new folder under runs/."""
@@ -159,10 +163,14 @@ class RecordConfig:
     """Length of a sketch, a power of two; the relative error of a squared distance is sqrt(2 / dimension)."""
     progress_every_s: float = 10.0
     """Seconds between two lines of progress where the output is not a terminal."""
+    checkpoint_every_s: float = 300.0
+    """Seconds between two checkpoints of a rank: the most training that a killed run loses. One more at each end."""
+    keep_checkpoints: int = 3
+    """Checkpoints of each rank that are kept: the last ones, and beside them the best by mean return."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "record_every")
-        _above_zero(self, "flush_every_s", "sketch_every_s", "progress_every_s")
+        _at_least(self, 1, "record_every", "keep_checkpoints")
+        _above_zero(self, "flush_every_s", "sketch_every_s", "progress_every_s", "checkpoint_every_s")
         if self.sketch_dimension < 2 or self.sketch_dimension & (self.sketch_dimension - 1):
             raise ConfigError("sketch_dimension", self.sketch_dimension, "a power of two of at least 2")
 
@@ -173,12 +181,14 @@ class RunConfig:
 
     preset: str = "gala-atari"
     """Settings to start from: gala-atari, cartpole, or the path of a TOML file of your own."""
+    resume: Path | None = None
+    """Folder of a run to go on with, by the settings that it had but for those given here. Any number of ranks."""
     total_steps: int = 10_000_000
     """Agent steps of all ranks together (an Atari agent step is frame-skip frames)."""
     budget: Literal["shared", "per-rank"] = "shared"
     """shared: every rank ends when all together have taken total-steps; per-rank: each takes its equal share."""
     time_limit_s: float | None = None
-    """Seconds of training after which the run ends even if steps are left."""
+    """Seconds of training, from this start on, after which the run ends even if steps are left."""
     seed: int = 1
     """Seed of the run; with the rank it fixes every random stream."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -206,7 +216,9 @@ class TrainConfig:
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """The sections as plain JSON values."""
         plain = dataclasses.asdict(self)
-        plain["record"]["out"] = None if self.record.out is None else str(self.record.out)
+        for section, name in (("record", "out"), ("run", "resume")):
+            path = plain[section][name]
+            plain[section][name] = None if path is None else str(path)
         return plain
 
 
@@ -224,46 +236,54 @@ def load_preset(preset: str) -> TrainConfig:
         text = Path(preset).read_text("utf-8")
     else:
         raise ConfigError("preset", preset, f"one of {', '.join(preset_names())}, or the path of a .toml file")
+    config = read_config(text, "preset", preset)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, preset=preset))
+
+
+def read_config(text: str, option: str, value: str) -> TrainConfig:
+    """The configuration in a TOML text that `option` led to with its `value`; ConfigError names these."""
+
+    def refuse(allowed: str) -> ConfigError:
+        return ConfigError(option, value, allowed)
+
     try:
         sections = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError("preset", preset, f"a valid TOML file ({error})") from error
-    config = TrainConfig(run=RunConfig(preset=preset))
-    changed = {name: _section(preset, config, name, values) for name, values in sections.items()}
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"a valid TOML file ({error})") from error
+    config = TrainConfig()
+    changed = {name: _section(refuse, config, name, values) for name, values in sections.items()}
     return dataclasses.replace(config, **changed)
 
 
-def _section(preset: str, config: TrainConfig, name: str, values: object) -> Any:
-    """The section of `config` with the preset's `values`, each checked for its name and type."""
+def _section(refuse: Callable[[str], ConfigError], config: TrainConfig, name: str, values: object) -> Any:
+    """The section of `config` with the file's `values`, each checked for its name and type."""
     section = getattr(config, name, None)
     if not dataclasses.is_dataclass(section) or not isinstance(values, dict):
-        raise ConfigError(
-            "preset", preset, f"sections named run, environment, learner, exchange or record, not [{name}]"
-        )
+        raise refuse(f"sections named run, environment, learner, exchange or record, not [{name}]")
     hints = get_type_hints(type(section))
     converted = {}
     for key, value in values.items():
-        if key not in hints or key == "preset":
-            raise ConfigError("preset", preset, f"only known settings; [{name}] has no {key}")
-        converted[key] = _convert(preset, f"{name}.{key}", value, hints[key])
+        if key not in hints or key in ("preset", "resume"):
+            raise refuse(f"only known settings; [{name}] has no {key}")
+        converted[key] = _convert(refuse, f"{name}.{key}", value, hints[key])
     return dataclasses.replace(section, **converted)  # type: ignore[type-var]
 
 
-def _convert(preset: str, key: str, value: object, hint: Any) -> object:
+def _convert(refuse: Callable[[str], ConfigError], key: str, value: object, hint: Any) -> object:
     """A TOML value as the type that the field's annotation asks for."""
     options = get_args(hint)
     if getattr(hint, "__origin__", None) is Literal:
         if value in options:
             return value
-        raise ConfigError("preset", preset, f"{key} to be one of {', '.join(map(str, options))}, not {value!r}")
+        raise refuse(f"{key} to be one of {', '.join(map(str, options))}, not {value!r}")
     if getattr(hint, "__origin__", None) is tuple and isinstance(value, list) and all(type(i) is int for i in value):
         return tuple(value)
     kinds = [option for option in options if isinstance(option, type)] or [hint]
     for kind in kinds:
         if type(value) is kind:
             return value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**63:
             return float(value)
         if kind is Path and isinstance(value, str):
             return Path(value)
-    raise ConfigError("preset", preset, f"{key} to be of type {getattr(hint, '__name__', hint)}, not {value!r}")
+    raise refuse(f"{key} to be of type {getattr(hint, '__name__', hint)}, not {value!r}")

@@ -6,6 +6,7 @@ and statistics of whole games. The learner sees rows that are valid or not, term
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from gala_mpi import simulator_state
 from gala_mpi.config import ConfigError, EnvironmentConfig
 
 Bools = npt.NDArray[np.bool_]
 FIRE = 1
+
+
+class SimulatorError(RuntimeError):
+    """A simulator gave what nothing can be learned from."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,9 @@ class Simulators:
         if self._fire_after_life and self._fire_next.any():
             actions = np.where(self._fire_next, FIRE, actions)
         observations, rewards, terminated, truncated, info = self.env.step(actions)
+        self._check("rewards", rewards)
+        if observations.dtype.kind == "f":
+            self._check("observations", observations)
         # A row that only resets belongs to no game: neither its reward nor its flags count.
         playing = ~self._resetting
         terminated, truncated = terminated & playing, truncated & ~terminated & playing
@@ -116,6 +125,37 @@ class Simulators:
             final_observations=final,
             episodes=episodes,
         )
+
+    def _check(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Raise SimulatorError if a value is not finite: one such row would make all parameters so."""
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values).reshape(self.count, -1).all(1))[0])
+            raise SimulatorError(
+                f"simulator {row} of this rank gave {name} that are not finite ({values[row]}): mend the environment"
+            )
+
+    def state(self) -> dict[str, npt.NDArray[Any]] | None:
+        """All that the next step depends on, by names, or None if the simulators cannot be saved."""
+        state = simulator_state.save(self.env)
+        return None if state is None else state | {name: own.copy() for name, own in self._own_state().items()}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take over what `state` gave, after a reset. Raises ValueError if it is that of other simulators."""
+        own = self._own_state()
+        if any(state.get(name, np.zeros(0)).shape != values.shape for name, values in own.items()):
+            raise ValueError("the state is not one of these simulators")
+        simulator_state.restore(self.env, {name: values for name, values in state.items() if name not in own})
+        for name, values in own.items():
+            values[:] = state[name]
+
+    def _own_state(self) -> dict[str, npt.NDArray[Any]]:
+        return {
+            "returns": self._returns,
+            "lengths": self._lengths,
+            "lives": self._lives,
+            "resetting": self._resetting,
+            "fire_next": self._fire_next,
+        }
 
     def _finish(self, over: Bools) -> list[Episode]:
         """The games that ended on this step; their simulators begin new ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -38,6 +38,12 @@ class Exchange(Protocol):
 
     def agree(self, stop: bool) -> bool:
         """Whether this rank ends now, given whether it wants to."""
+
+    def go_on_from(self, update: int, heard: Mapping[int, int]) -> None:
+        """Count from `update` on; `heard` has the update of the last message of in-neighbours."""
+
+    def give_up(self) -> None:
+        """Let the others end too, as this rank cannot go on."""
 
     def finish(self) -> None:
         """Say that this rank's last update is done."""
@@ -76,6 +82,13 @@ class NoExchange:
     def agree(self, stop: bool) -> bool:
         """Each rank decides for itself."""
         return stop
+
+    def go_on_from(self, update: int, heard: Mapping[int, int]) -> None:
+        """Count from `update` on."""
+        self._update = update
+
+    def give_up(self) -> None:
+        """The others do not wait for this rank."""
 
     def finish(self) -> None:
         """Nobody listens."""
@@ -123,6 +136,11 @@ class AllReduce(NoExchange):
         """All ranks end together, one update after one of them wants to."""
         self._wants_to_stop = stop
         return self._all_stop
+
+    def give_up(self) -> None:
+        """Let the others end with the update that they are in, to which this rank adds no gradient. Collective."""
+        self._wants_to_stop = True
+        self.average_gradient(self._flat.grad.zero_())
 
 
 def make_exchange(

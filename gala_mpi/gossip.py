@@ -20,7 +20,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -231,6 +231,15 @@ class Gossip:
     def agree(self, stop: bool) -> bool:
         """Whether this rank ends: each decides for itself."""
         return stop
+
+    def go_on_from(self, update: int, heard: Mapping[int, int]) -> None:
+        """Count from `update` on, as a resumed run does; `heard` has the update of in-neighbours' last messages."""
+        self._update = update
+        for neighbour in self.in_neighbours:
+            neighbour.update = heard.get(neighbour.rank, neighbour.update)
+
+    def give_up(self) -> None:
+        """The others do not wait for this rank for ever."""
 
     def finish(self) -> None:
         """Tell the out-neighbours that no message will follow this one, which is empty if its values are not finite."""

@@ -50,8 +50,10 @@ class FlatParameters:
         self.grad_and_flag = torch.zeros(self.size + 1 if gradients else 0, device=device)
         self.grad = self.grad_and_flag[: self.size]
         offset = 0
-        for _, parameter in named:
+        self._named: dict[str, tuple[nn.Parameter, int]] = {}
+        for name, parameter in named:
             values = parameter.detach()
+            self._named[name] = (parameter, offset)
             parameter.data = self._view(self.data, offset, values).copy_(values)
             if gradients:
                 parameter.grad = self._view(self.grad, offset, values)
@@ -63,6 +65,10 @@ class FlatParameters:
     def _view(flat: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
         # empty_like keeps the memory format of a dense tensor, and makes any other dense.
         return flat.as_strided(like.shape, torch.empty_like(like).stride(), offset)
+
+    def by_name(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views into `values` (n,), one for each parameter, as the parameters themselves are views into `data`."""
+        return {name: values.as_strided(p.shape, p.stride(), offset) for name, (p, offset) in self._named.items()}
 
     def check(self, module: nn.Module) -> None:
         """Raise RuntimeError if some trained parameter of `module` is not, or no longer, a view into `data`."""

@@ -6,7 +6,9 @@ switched on, as none can be made after; from then on a killed run loses at most 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +18,18 @@ import h5py
 import numpy as np
 
 from gala_mpi.config import RecordConfig
+from gala_mpi.files import first_line
 from gala_mpi.schema import SCHEMA_VERSION, TABLES
 
 CHUNK_BYTES = 64 * 1024
+# Of each table: what waits while the disk is full.
+KEPT_ROWS = 100_000
+log = logging.getLogger(__name__)
 
 
-def rank_file(folder: Path, rank: int) -> Path:
-    """The file of a rank in a run's folder."""
-    return folder / f"rank-{rank:05d}.h5"
+def rank_file(folder: Path, rank: int, segment: int = 0) -> Path:
+    """The file of a rank in a run's folder; each start of the run, a segment, writes its own."""
+    return folder / (f"rank-{rank:05d}.{segment}.h5" if segment else f"rank-{rank:05d}.h5")
 
 
 class Recorder:
@@ -31,11 +37,15 @@ class Recorder:
 
     `attributes` become the root's attributes, dicts as JSON; `seed` is that of the sketches' hash. Raises
     FileExistsError if the file is there.
+
+    What cannot be written later (a full disk, say) is kept, as far as KEPT_ROWS, and tried again with the next flush;
+    the file then is as after the last one that succeeded.
     """
 
     def __init__(self, path: Path, attributes: Mapping[str, Any], config: RecordConfig, seed: int) -> None:
         # Readers on shared file systems often cannot take HDF5's locks, and each file has one writer: no locks.
         self._file = h5py.File(path, "x", libver=("v110", "v110"), locking=False)
+        self._path, self._place = path, path.stat()
         self._file.attrs["schema"] = SCHEMA_VERSION
         for name, value in attributes.items():
             self._file.attrs[name] = json.dumps(value) if isinstance(value, dict) else value
@@ -55,6 +65,8 @@ class Recorder:
         self._file.swmr_mode = True
         self._flush_every_s = config.flush_every_s
         self._flushed_at_s = time.monotonic()
+        self._failing = False
+        self.dropped_rows = 0
 
     def append(self, table: str, row: tuple[Any, ...]) -> None:
         """Add a row, in the order of the table's columns; it reaches the file with the next flush."""
@@ -65,20 +77,61 @@ class Recorder:
         if time.monotonic() - self._flushed_at_s >= self._flush_every_s:
             self.flush()
 
-    def flush(self) -> None:
-        """Write all rows that wait to the file, and let readers see them."""
-        for name, rows in self._rows.items():
-            if rows:
-                dataset = self._datasets[name]
-                begin = len(dataset)
-                dataset.resize((begin + len(rows),))
-                dataset[begin:] = np.array(rows, dataset.dtype)
-                dataset.flush()
-                rows.clear()
+    def flush(self) -> bool:
+        """Write all rows that wait to the file, and let readers see them. False, with a warning, if that failed."""
         self._flushed_at_s = time.monotonic()
+        try:
+            for name, rows in self._rows.items():
+                if rows:
+                    self._extend(self._datasets[name], np.array(rows, self._datasets[name].dtype))
+                    rows.clear()
+            here = self._path.stat()
+            if (here.st_ino, here.st_dev) != (self._place.st_ino, self._place.st_dev):
+                raise FileNotFoundError("another file has its name")
+        # h5py raises either, for want of space too.
+        except (OSError, RuntimeError) as error:
+            self._keep_waiting(error)
+            return False
+        if self._failing:
+            log.warning("%s: is written again (%d rows were lost meanwhile)", self._path, self.dropped_rows)
+            self._failing = False
+        return True
 
-    def close(self) -> None:
-        """Flush and close the file."""
-        if self._file:
-            self.flush()
+    @staticmethod
+    def _extend(dataset: Any, rows: np.ndarray) -> None:
+        begin = len(dataset)
+        try:
+            dataset.resize((begin + len(rows),))
+            dataset[begin:] = rows
+            dataset.flush()
+        except BaseException:
+            # What failed may have made room for rows that are not there: no reader is to see those.
+            with contextlib.suppress(OSError, RuntimeError):
+                dataset.resize((begin,))
+                dataset.flush()
+            raise
+
+    def _keep_waiting(self, error: Exception) -> None:
+        """Note that rows could not be written, and keep the newest of them."""
+        for rows in self._rows.values():
+            self.dropped_rows += max(len(rows) - KEPT_ROWS, 0)
+            del rows[:-KEPT_ROWS]
+        if not self._failing:
+            self._failing = True
+            log.warning(
+                "%s: metrics cannot be written (%s); the run goes on, and tries again every %g s: make room, or put "
+                "the folder back",
+                self._path,
+                first_line(error),
+                self._flush_every_s,
+            )
+
+    def close(self) -> bool:
+        """Flush and close the file; whether all rows are in it."""
+        if not self._file:
+            return not self._failing
+        written = self.flush()
+        # Closing a file on a full disk may fail as well: what was flushed stays readable.
+        with contextlib.suppress(OSError, RuntimeError):
             self._file.close()
+        return written and not self.dropped_rows

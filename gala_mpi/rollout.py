@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gala_mpi.environments import Episode, Simulators
@@ -70,6 +74,31 @@ class Collector:
         self._actions = torch.zeros(steps, simulators.count, dtype=torch.int64, device=self._device)
         self._noise = torch.zeros(steps, simulators.count, policy.actions, device=self._device)
         self._observations = self._show(observations)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """What the next rollout depends on, by names; the simulators' part only if they can be saved."""
+        found = {"actions.stream": self._generator.get_state().numpy()}
+        if (simulators := self._simulators.state()) is not None:
+            found["observations"] = self._observations.cpu().numpy()
+            found |= {f"simulators.{name}": values for name, values in simulators.items()}
+        return found
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> bool:
+        """Take over what `state` gave; whether the simulators go on too, or stay as they began."""
+        with contextlib.suppress(KeyError, RuntimeError, TypeError):
+            # Another device's streams are of another kind.
+            self._generator.set_state(torch.from_numpy(state["actions.stream"]))
+        prefix = "simulators."
+        saved = {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
+        shown = state.get("observations")
+        if shown is None or shown.shape != self._observations.shape:
+            return False
+        try:
+            self._simulators.restore(saved)
+        except ValueError:
+            return False
+        self._observations = self._show(shown)
+        return True
 
     def _upload(self, array: object) -> torch.Tensor:
         return torch.from_numpy(np.asarray(array)).to(self._device)

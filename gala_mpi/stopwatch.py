@@ -20,6 +20,7 @@ PARTS = {
     "exchange": "posting and averaging parameters, or the all-reduce of gradients; waits included",
     "status": "news of the other ranks, progress",
     "record": "rows, sketches and flushes",
+    "checkpoint": "writing checkpoints",
 }
 ROLLOUT = ("emulator", "transfer", "forward", "sampling")
 LEARN = ("loss", "backward", "optimiser")

@@ -9,6 +9,7 @@ import pytest
 
 from gala_mpi import cli
 from gala_mpi.config import ConfigError, TrainConfig, UsageError, load_preset, preset_names
+from gala_mpi.run_folder import as_toml
 
 
 @pytest.mark.parametrize("preset", ["gala-atari", "cartpole"])
@@ -66,7 +67,7 @@ def test_the_saved_configuration_is_a_preset_that_gives_the_same_run(preset: str
     args = ["--preset", preset, "--seed", "7", "--max-staleness", "3", "--out", "somewhere"]
     config = cli.parse(args)
     saved = tmp_path / "config.toml"
-    saved.write_text(cli.as_toml(config), "utf-8")
+    saved.write_text(as_toml(config), "utf-8")
     again = load_preset(str(saved))
     expected = dataclasses.replace(
         config,

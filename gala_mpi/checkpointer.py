@@ -1,0 +1,172 @@
+"""The checkpointer: gathers the state of a rank's parts into checkpoints, and gives it back to them. Local."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gala_mpi.board import Board
+from gala_mpi.checkpoint import (
+    RECENT_EPISODES,
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    Facts,
+)
+from gala_mpi.environments import Episode
+from gala_mpi.exchange import Exchange
+from gala_mpi.files import first_line
+from gala_mpi.learner import Learner
+from gala_mpi.parameters import FlatParameters
+from gala_mpi.resume import Resumption
+from gala_mpi.rollout import Collector
+from gala_mpi.stopwatch import Stopwatch
+
+PARAMETERS, MEAN_SQUARE = "parameters.", "optimiser.mean_square."
+# Fewer episodes do not tell which policy is the best.
+ENOUGH_EPISODES = 20
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What has a state in a rank."""
+
+    flat: FlatParameters
+    learner: Learner
+    collector: Collector
+    exchange: Exchange
+    board: Board
+    stopwatch: Stopwatch
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a rank's checkpoints are of."""
+
+    run_id: str
+    segment: int
+    rank: int
+    size: int
+    config: dict[str, Any]
+
+
+class Checkpointer:
+    """Writes this rank's checkpoints every `every_s` seconds; ranks do so one after the other, not all at once."""
+
+    def __init__(self, folder: CheckpointFolder, parts: Parts, identity: Identity, every_s: float) -> None:
+        self._folder, self._parts, self._identity, self._every_s = folder, parts, identity, every_s
+        self._next_s = -math.inf
+        self._best_return = -math.inf
+        self._recent: deque[list[float]] = deque(maxlen=RECENT_EPISODES)
+        self._episodes = 0
+        self.failing = False
+
+    def note_episodes(self, episodes: list[Episode], time_s: float) -> None:
+        """Add finished episodes of this rank."""
+        self._episodes += len(episodes)
+        self._recent.extend([time_s, episode.episode_return] for episode in episodes)
+
+    def save_if_due(self, update: int, agent_steps: int, time_s: float) -> None:
+        """Save if the interval has passed."""
+        if time_s >= self._next_s:
+            self.save(update, agent_steps, time_s)
+
+    def save(self, update: int, agent_steps: int, time_s: float) -> None:
+        """Write a checkpoint. What cannot be written is a warning, and tried again after the interval."""
+        identity, phase = self._identity, self._identity.rank / self._identity.size
+        self._next_s = (math.floor(time_s / self._every_s - phase) + 1 + phase) * self._every_s
+        mean = sum(pair[1] for pair in self._recent) / max(len(self._recent), 1)
+        best = len(self._recent) >= ENOUGH_EPISODES and mean > self._best_return
+        parts = self._parts
+        facts = Facts(
+            **vars(identity),
+            update=update,
+            agent_steps=agent_steps,
+            episodes=self._episodes,
+            time_s=time_s,
+            best_return=mean if best else self._best_return,
+            recent=list(self._recent),
+            counters=vars(parts.exchange.counters).copy(),
+            seconds=dict(parts.stopwatch.seconds),
+            neighbours={str(neighbour.rank): neighbour.update for neighbour in parts.exchange.in_neighbours},
+        )
+        try:
+            self._folder.save(self._tensors(), facts, best=best)
+        except OSError as error:
+            self.failing = True
+            log.warning(
+                "%s: no checkpoint can be written (%s); the run goes on, and tries again in %g s: make room, or put "
+                "the folder back",
+                self._folder.path,
+                first_line(error),
+                self._every_s,
+            )
+        else:
+            self.failing, self._best_return = False, facts.best_return
+
+    def _tensors(self) -> dict[str, npt.NDArray[Any]]:
+        parts = self._parts
+        found: dict[str, npt.NDArray[Any]] = {}
+        for prefix, values in ((PARAMETERS, parts.flat.data), (MEAN_SQUARE, parts.learner.mean_square)):
+            named = parts.flat.by_name(values.cpu())
+            found |= {prefix + name: value.numpy() for name, value in named.items()}
+        return found | parts.collector.state()
+
+    def restore(self, resumption: Resumption) -> bool:
+        """Give the parts the state that they go on from; whether the simulators go on too."""
+        parts, facts, learner = self._parts, resumption.checkpoint.facts, resumption.learner
+        for prefix, values in ((PARAMETERS, parts.flat.data), (MEAN_SQUARE, parts.learner.mean_square)):
+            for name, view in parts.flat.by_name(values).items():
+                view.copy_(torch.from_numpy(learner.tensors[prefix + name]))
+        rank = self._identity.rank
+        parts.board.go_on_from(resumption.agent_steps, learner.facts.update, 0)
+        neighbours = {int(other): update for other, update in facts.neighbours.items()}
+        parts.exchange.go_on_from(learner.facts.update, neighbours if resumption.own else {})
+        self._best_return = facts.best_return
+        if not resumption.own:
+            return False
+        counters = parts.exchange.counters
+        for field in dataclasses.fields(counters):
+            # Integers stay integers.
+            with contextlib.suppress(KeyError, ValueError, OverflowError):
+                setattr(counters, field.name, type(getattr(counters, field.name))(facts.counters[field.name]))
+        parts.stopwatch.seconds.update({p: s for p, s in facts.seconds.items() if p in parts.stopwatch.seconds})
+        self._episodes = facts.episodes
+        self._recent.extend(facts.recent)
+        parts.board.go_on_from(resumption.agent_steps, learner.facts.update, max(facts.episodes - len(facts.recent), 0))
+        for time_s, episode_return in facts.recent:
+            parts.board.note_episodes([Episode(rank, episode_return, 0)], time_s)
+        return parts.collector.restore(resumption.checkpoint.tensors)
+
+
+def expect(flat: FlatParameters, run_id: str, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a checkpoint is not of this run, or its parameters are not these."""
+    if checkpoint.facts.run_id != run_id:
+        raise CheckpointError(
+            f"{checkpoint.path}: cannot be used: it is of another run, {checkpoint.facts.run_id[:40]}"
+        )
+    for prefix in (PARAMETERS, MEAN_SQUARE):
+        for name, view in flat.by_name(flat.data).items():
+            tensor = checkpoint.tensors.get(prefix + name)
+            if tensor is None or tensor.shape != tuple(view.shape) or tensor.dtype != "float32":
+                found = "is missing" if tensor is None else f"is {tensor.dtype} {tensor.shape}"
+                raise CheckpointError(
+                    f"{checkpoint.path}: cannot be used: {prefix + name} {found}, not float32 {tuple(view.shape)}"
+                )
+            if not np.isfinite(tensor).all():
+                raise CheckpointError(f"{checkpoint.path}: cannot be used: {prefix + name} is not finite")
+
+
+def largest_bytes(flat: FlatParameters) -> int:
+    """What a checkpoint takes at most: parameters and the optimiser's state, and more than that again for the rest."""
+    return 64 * 2**20 + 16 * flat.size

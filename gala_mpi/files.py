@@ -1,0 +1,46 @@
+"""Files of a run: read without trusting them, written whole or not at all. Local."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+
+def read_file(path: Path, largest_bytes: int) -> bytes:
+    """The content of a regular file. Raises OSError, and ValueError if it is none, or larger than that."""
+    # A pipe would wait for its writer, and a link may lead anywhere.
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or about.st_size > largest_bytes:
+            raise ValueError(f"it is no file of at most {largest_bytes:,} bytes")
+        return file.read(largest_bytes)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Give `path` its content at once: it is on the disk before it has the name. Raises OSError."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    try:
+        # What a killed writer left.
+        scratch.unlink(missing_ok=True)
+        with scratch.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0][:200]

@@ -1,0 +1,179 @@
+"""Going on with a run: which checkpoint each rank takes, where counting goes on, and what is no longer as it was.
+
+Ranks write their checkpoints when it suits them, and are killed when it suits nobody: those of a run differ by some
+updates. Gossip needs no consistent cut. A rank averages with whatever its neighbours have sent, however old, so a set
+of policies of different ages is one that the run could have come to by itself, had messages been late; a policy that
+falls back by an interval is no staler than a neighbour's whose rank was stopped for as long. Under all-reduce all ranks
+must have the same parameters and optimiser, and take them from one checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gala_mpi.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, ranks_with_checkpoints, read
+from gala_mpi.collective import on_all_ranks
+from gala_mpi.config import ConfigError, TrainConfig, UsageError
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+# What would make another run of it: its parameters, streams or metrics would not fit.
+FIXED = ("env", "hidden", "seed", "sketch_every_s", "sketch_dimension")
+MEANING = {
+    "total_steps": "schedules go by the new budget",
+    "budget": "how the budget is shared changes for what is left of it",
+    "simulators": "rollouts are of another size, and the learning rate may scale with it",
+    "rollout_steps": "rollouts are of another size",
+    "exchange": "ranks share differently from here on; each goes on with its own policy until then",
+    "device": "draws of actions begin anew where streams are of another kind",
+    "precision": "the network computes in it from here on",
+}
+BY_SECTION = {
+    "run": "holds from here on",
+    "environment": "the task is another from here on: compare no returns across it",
+    "learner": "ranks learn with it from here on",
+    "exchange": "ranks share with it from here on",
+    "record": "metrics and checkpoints are kept by it from here on",
+}
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What a rank goes on from.
+
+    `checkpoint` is the one whose streams and counters it takes, `learner` the one of its parameters and optimiser (the
+    same but under all-reduce). `own` says that the checkpoint was this rank's: another's streams must not be drawn
+    twice. `agent_steps` has where each rank's count begins, `updates` the update that each rank of before counts to.
+    """
+
+    checkpoint: Checkpoint
+    learner: Checkpoint
+    own: bool
+    size_before: int
+    agent_steps: list[int]
+    updates: list[int]
+    time_s: float
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The newest checkpoint of a rank that can be used, but for its tensors."""
+
+    path: Path
+    segment: int
+    size: int
+    update: int
+    agent_steps: int
+    time_s: float
+
+
+def find_checkpoints(
+    comm: Intracomm,
+    run: Path,
+    check: Callable[[Checkpoint], None],
+    largest_bytes: int,
+    warn: Callable[[str], None],
+    *,
+    synchronous: bool,
+) -> Resumption | None:
+    """What this rank goes on from, or None if the run was ended before any rank had left a checkpoint. Collective.
+
+    `check` raises CheckpointError for what does not fit. Rank r takes the checkpoint of rank r modulo their number
+    then. One that cannot be used is named by `warn`, and the one before it taken; raises UsageError, on all ranks, if
+    no rank left any that can.
+    """
+    before: list[int] = comm.bcast(ranks_with_checkpoints(run) if comm.rank == 0 else None)
+
+    def examine(path: Path) -> Checkpoint:
+        checkpoint = read(path, largest_bytes)
+        check(checkpoint)
+        return checkpoint
+
+    mine = on_all_ranks(comm, lambda: _examine(run, before[comm.rank :: comm.size], examine, warn))
+    found: dict[int, _Found] = {}
+    refused = 0
+    for part, bad in comm.allgather(mine):
+        found |= part
+        refused += bad
+    if not found and not refused:
+        return None
+    if not found:
+        raise ConfigError("resume", str(run), f"a run with a checkpoint that can be used; all {refused} of it cannot")
+    last = max(found.values(), key=lambda one: one.segment)
+    present = [rank for rank in sorted(found) if rank < last.size]
+    source = comm.rank % last.size
+    if source not in found:
+        source = present[comm.rank % len(present)]
+        warn(f"rank {comm.rank % last.size} left no checkpoint: rank {comm.rank} goes on from that of rank {source}")
+    leader = present[0] if synchronous else source
+
+    def load() -> tuple[Checkpoint, Checkpoint]:
+        try:
+            checkpoint = examine(found[source].path)
+            return checkpoint, checkpoint if leader == source else examine(found[leader].path)
+        except CheckpointError as error:
+            raise UsageError(f"--resume: {error}") from error
+
+    checkpoint, learner = on_all_ranks(comm, load)
+    if synchronous:
+        steps = [learner.facts.agent_steps * last.size // comm.size] * comm.size
+    elif comm.size == last.size:
+        steps = [found[rank].agent_steps if rank in found else 0 for rank in range(comm.size)]
+    else:
+        steps = [sum(found[rank].agent_steps for rank in present) // comm.size] * comm.size
+    return Resumption(
+        checkpoint=checkpoint,
+        learner=learner,
+        own=source == comm.rank,
+        size_before=last.size,
+        agent_steps=steps,
+        updates=[
+            learner.facts.update if synchronous else found[rank].update if rank in found else 0
+            for rank in range(last.size)
+        ],
+        time_s=max(found[rank].time_s for rank in present),
+    )
+
+
+def _examine(
+    run: Path, ranks: list[int], examine: Callable[[Path], Checkpoint], warn: Callable[[str], None]
+) -> tuple[dict[int, _Found], int]:
+    """The newest checkpoint of each of some ranks, and how many could not be used."""
+    found: dict[int, _Found] = {}
+    refused = 0
+    for rank in ranks:
+        try:
+            paths = CheckpointFolder(run, rank).newest_first()
+        except CheckpointError as error:
+            raise UsageError(f"--resume: {error}") from error
+        for path in paths:
+            try:
+                facts = examine(path).facts
+                if facts.rank != rank:
+                    raise CheckpointError(f"{path}: cannot be used: it is one of rank {facts.rank}")
+            except CheckpointError as error:
+                refused += 1
+                warn(str(error))
+                continue
+            found[rank] = _Found(path, facts.segment, facts.size, facts.update, facts.agent_steps, facts.time_s)
+            break
+    return found, refused
+
+
+def check_changes(before: TrainConfig, now: TrainConfig, run: Path) -> list[str]:
+    """A line for each setting that is no longer as it was in the run. Raises ConfigError for one that must be."""
+    lines = []
+    for section, old in before.as_dict().items():
+        new: dict[str, Any] = now.as_dict()[section]
+        for name, value in old.items():
+            if name in ("preset", "out", "resume") or new[name] == value:
+                continue
+            if name in FIXED:
+                raise ConfigError(name, new[name], f"{value!r}, as in the run that goes on in {run}")
+            meaning = MEANING.get(name, BY_SECTION[section])
+            lines.append(f"changed: --{name.replace('_', '-')} from {value} to {new[name]}: {meaning}")
+    return lines

@@ -1,0 +1,174 @@
+"""The folder of a run: made, gone on in, or given back.
+
+    run.json                what the run is: its id
+    config.toml             the effective configuration; config.1.toml and so on of each later start, a segment
+    rank-00000.h5           metrics; rank-00000.1.h5 and so on of each later segment
+    checkpoints/rank-00000  checkpoints
+
+A segment's number is taken by making its configuration, which fails if it is there: no file is ever written twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gala_mpi.collective import on_all_ranks
+from gala_mpi.config import ConfigError, TrainConfig, read_config
+from gala_mpi.files import first_line, read_file, write_file
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+RUN_FILE = "run.json"
+LARGEST_BYTES = 2**20
+# Belongs to one start of a run alone.
+LEFT_OUT = ("preset", "out", "resume")
+SEGMENT_OF = re.compile(r"(?:config|rank-\d{5,9})(?:\.(\d{1,9}))?\.(?:toml|h5)")
+A_RUN = "the folder of a run"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What all ranks share about a run: made by rank 0, the same everywhere."""
+
+    folder: Path
+    made: list[Path]
+    """The folder and those above it, as far as they are this start's making; deepest first."""
+    run_id: str
+    started: str
+    segment: int
+
+
+def config_file(folder: Path, segment: int) -> Path:
+    """The configuration of a segment."""
+    return folder / (f"config.{segment}.toml" if segment else "config.toml")
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether there is something of a run."""
+    return any(folder.glob("rank-*.h5")) or config_file(folder, 0).exists()
+
+
+def segments(folder: Path) -> list[int]:
+    """The numbers of the segments that left something, ascending."""
+    return sorted({int(m[1] or 0) for path in folder.iterdir() if (m := SEGMENT_OF.fullmatch(path.name))})
+
+
+def create_run(config: TrainConfig, comm: Intracomm) -> RunInfo:
+    """Make the run's folder, with the configuration in it, and give all ranks what they share. Collective."""
+    return _shared(comm, lambda: _create(config))
+
+
+def reopen_run(config: TrainConfig, comm: Intracomm) -> RunInfo:
+    """Begin the next segment of the run that `config` resumes. Collective."""
+    return _shared(comm, lambda: _reopen(config))
+
+
+def _shared(comm: Intracomm, make: object) -> RunInfo:
+    info = on_all_ranks(comm, lambda: make() if comm.rank == 0 else None)  # type: ignore[operator]
+    shared: RunInfo = comm.bcast(info)
+    return shared
+
+
+def discard_run(info: RunInfo) -> None:
+    """Take away what this start made, and the files without a row; what is not of it stays. Local."""
+    suffix = f".{info.segment}.h5" if info.segment else ".h5"
+    mine = [path for path in info.folder.glob("rank-*.h5") if re.fullmatch(r"rank-\d+" + re.escape(suffix), path.name)]
+    for path in (config_file(info.folder, info.segment), *mine):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    if info.segment == 0:
+        with contextlib.suppress(OSError):
+            (info.folder / RUN_FILE).unlink()
+    _remove(info.made)
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove folders, deepest first, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _create(config: TrainConfig) -> RunInfo:
+    out = config.record.out
+    if out is None:
+        task = re.sub(r"[^A-Za-z0-9]+", "-", config.environment.env).strip("-").lower()
+        out = Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    out = out.absolute()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    info = RunInfo(out, made, uuid.uuid4().hex, _now(), 0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / RUN_FILE, json.dumps({"run_id": info.run_id, "started": info.started}).encode())
+        with config_file(out, 0).open("x", encoding="utf-8") as file:
+            file.write(as_toml(config))
+    except OSError as error:
+        discard_run(info)
+        raise ConfigError(
+            "out", str(config.record.out or out), f"a folder that can be written ({error.strerror})"
+        ) from error
+    return RunInfo(out.resolve(), made, info.run_id, info.started, 0)
+
+
+def _reopen(config: TrainConfig) -> RunInfo:
+    folder = config.run.resume
+    assert folder is not None
+    run_id = run_id_of(folder)
+    segment = max(segments(folder), default=0) + 1
+    try:
+        with config_file(folder, segment).open("x", encoding="utf-8") as file:
+            file.write(as_toml(config))
+    except FileExistsError as error:
+        raise ConfigError("resume", str(folder), "a run that nobody else goes on with just now") from error
+    except OSError as error:
+        raise ConfigError("resume", str(folder), f"a folder that can be written ({error.strerror})") from error
+    return RunInfo(folder.resolve(), [], run_id, _now(), segment)
+
+
+def run_id_of(folder: Path) -> str:
+    """The run's id. Raises ConfigError if this is no run's folder."""
+    try:
+        about = json.loads(read_file(folder / RUN_FILE, LARGEST_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError("resume", str(folder), f"{A_RUN} ({RUN_FILE}: {first_line(error)})") from error
+    run_id = about.get("run_id") if isinstance(about, dict) else None
+    if not isinstance(run_id, str) or not re.fullmatch(r"[0-9a-f]{32}", run_id):
+        raise ConfigError("resume", str(folder), f"{A_RUN} ({RUN_FILE} has no run_id)")
+    return run_id
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The configuration of the run's last segment. Raises ConfigError if there is none that can be read."""
+    if not folder.is_dir():
+        raise ConfigError("resume", str(folder), A_RUN)
+    numbers = [number for number in segments(folder) if config_file(folder, number).exists()]
+    path = config_file(folder, max(numbers, default=0))
+    try:
+        text = read_file(path, LARGEST_BYTES).decode()
+    except (OSError, ValueError) as error:
+        raise ConfigError("resume", str(folder), f"{A_RUN} ({path.name}: {first_line(error)})") from error
+    return read_config(text, "resume", str(folder))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def as_toml(config: TrainConfig) -> str:
+    """The effective configuration as a preset of its own; what belongs to this start alone is left out."""
+    lines = ["# The effective configuration of this run; `--preset` reads it."]
+    for section, values in config.as_dict().items():
+        lines.append(f"\n[{section}]")
+        for name, value in values.items():
+            if value is not None and name not in LEFT_OUT:
+                # JSON's numbers, strings, booleans and flat lists are TOML's too.
+                lines.append(f"{name} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
