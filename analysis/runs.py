@@ -72,7 +72,7 @@ class Run:
         return [rank for rank in range(self.size) if not any(rank in segment.files for segment in self.segments)]
 
     def table(self, name: str) -> pd.DataFrame:
-        """All rows of a table, rank by rank and segment by segment, with two columns more: the writer's `rank`, `segment`.
+        """All rows of a table, rank by rank and segment by segment, with the writer's `rank` and the `segment`.
 
         In `neighbours`, whose own column `rank` is the sender, the writer's is `receiver`. Rows of training that was
         lost, since a later segment went on from before it, are left out.

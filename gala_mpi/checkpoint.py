@@ -133,7 +133,7 @@ def encode(tensors: Tensors, facts: Facts) -> bytes:
     """The bytes of a checkpoint."""
     text = facts.to_json()
     # The library stores memory as it lies: in the order of the shape, please.
-    ordered = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    ordered = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     made: bytes = save(ordered, {"facts": text, "digest": _digest(text, ordered)})
     return made
 

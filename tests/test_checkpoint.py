@@ -1,0 +1,291 @@
+"""Checkpoint files: what was written comes back, other bytes are refused by name, and names stand for whole files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+
+from gala_mpi.checkpoint import (
+    BEST,
+    CheckpointError,
+    CheckpointFolder,
+    Facts,
+    Tensors,
+    decode,
+    encode,
+    ranks_with_checkpoints,
+    read,
+)
+
+FACTS = Facts(
+    run_id="f" * 32,
+    segment=0,
+    rank=1,
+    size=2,
+    update=7,
+    agent_steps=280,
+    episodes=3,
+    time_s=1.5,
+    best_return=-math.inf,
+    recent=[[0.5, 20.0], [1.0, 21.5]],
+    counters={"messages_sent": 7, "message_age_s": math.nan},
+    seconds={"forward": 0.25},
+    neighbours={"0": 6},
+    config={"run": {"seed": 1}},
+)
+TENSORS: Tensors = {
+    "parameters.w": np.arange(12, dtype=np.float32).reshape(3, 4).T,
+    "parameters.b": np.float32(3.0).reshape(()),
+    "actions.stream": np.arange(50, dtype=np.uint8),
+    "flags": np.array([True, False]),
+    "empty": np.zeros((0, 3)),
+}
+WHOLE = encode(TENSORS, FACTS)
+
+
+def update(number: int, segment: int = 0) -> Facts:
+    return dataclasses.replace(FACTS, update=number, segment=segment)
+
+
+def test_what_is_written_comes_back() -> None:
+    facts, tensors = decode(WHOLE)
+    assert repr(facts) == repr(FACTS)
+    assert tensors.keys() == TENSORS.keys()
+    for name, values in TENSORS.items():
+        np.testing.assert_array_equal(tensors[name], values)
+        assert tensors[name].dtype == values.dtype and tensors[name].shape == values.shape
+
+
+def test_a_file_that_is_cut_off_anywhere_is_refused() -> None:
+    for length in range(len(WHOLE)):
+        with pytest.raises(ValueError):
+            decode(WHOLE[:length])
+
+
+def test_a_byte_that_is_changed_anywhere_is_refused() -> None:
+    for place in range(len(WHOLE)):
+        for change in (1, 0x80, 0xFF):
+            changed = bytearray(WHOLE)
+            changed[place] ^= change
+            # Spaces that fill the header may be others, as long as all that they surround is the same.
+            try:
+                facts, tensors = decode(bytes(changed))
+            except ValueError:
+                continue
+            assert repr(facts) == repr(FACTS), place
+            assert all(np.array_equal(tensors[name], values) for name, values in TENSORS.items()), place
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.binary(max_size=200), st.integers(0, len(WHOLE)), st.integers(0, 30))
+def test_any_bytes_give_a_checkpoint_or_are_refused(noise: bytes, place: int, skipped: int) -> None:
+    for data in (noise, WHOLE[:place] + noise + WHOLE[place + skipped :]):
+        with contextlib.suppress(ValueError):
+            decode(data)
+
+
+def forged(change: Any) -> bytes:
+    """A file with another set of facts, and the digest that goes with it."""
+    values = {"format": 1, **dataclasses.asdict(FACTS)}
+    change(values)
+    made = dataclasses.replace(FACTS)
+    object.__setattr__(made, "to_json", lambda: json.dumps(values))
+    return encode(TENSORS, made)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v.update(format=2),
+        lambda v: v.pop("update"),
+        lambda v: v.update(more=1),
+        lambda v: v.update(update=-1),
+        lambda v: v.update(update=1.5),
+        lambda v: v.update(update=True),
+        lambda v: v.update(agent_steps=10**30),
+        lambda v: v.update(rank=2),
+        lambda v: v.update(size=0),
+        lambda v: v.update(time_s=math.nan),
+        lambda v: v.update(time_s="1"),
+        lambda v: v.update(run_id=3),
+        lambda v: v.update(recent=[[1.0]]),
+        lambda v: v.update(recent=[[1.0, math.nan]]),
+        lambda v: v.update(recent=[[1.0, 2.0]] * 101),
+        lambda v: v.update(recent={}),
+        lambda v: v.update(counters={"messages_sent": "many"}),
+        lambda v: v.update(counters=[]),
+        lambda v: v.update(neighbours={"../x": 1}),
+        lambda v: v.update(neighbours={"1": -4}),
+        lambda v: v.update(config=None),
+    ],
+)
+def test_facts_that_no_run_writes_are_refused(change: Any) -> None:
+    with pytest.raises(ValueError):
+        decode(forged(change))
+
+
+def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.safetensors").write_bytes(save({"a": np.zeros(3)}))
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07builtins.")
+    (tmp_path / "whole.safetensors").write_bytes(WHOLE)
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "whole.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert read(tmp_path / "whole.safetensors", len(WHOLE)).facts.update == 7
+    for name in ("other", "pickle", "link", "folder", "pipe", "missing"):
+        with pytest.raises(CheckpointError, match=rf"{name}.safetensors: cannot be used: \S"):
+            read(tmp_path / f"{name}.safetensors", 10**6)
+    with pytest.raises(CheckpointError, match="at most"):
+        read(tmp_path / "whole.safetensors", len(WHOLE) - 1)
+    # Of a size that no memory has, without any of it on the disk.
+    with (tmp_path / "huge.safetensors").open("wb") as file:
+        file.truncate(2**36)
+    with pytest.raises(CheckpointError, match="at most"):
+        read(tmp_path / "huge.safetensors", 10**6)
+
+
+def test_the_last_ones_are_kept_and_the_best(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, 1, 2)
+    assert folder.newest_first() == [] and ranks_with_checkpoints(tmp_path) == []
+    for number in (5, 10, 100, 1000):
+        folder.save(TENSORS, update(number), best=number == 10)
+    folder.save(TENSORS, update(999, segment=1), best=False)
+    names = ["segment-1-update-000000000999.safetensors", "segment-0-update-000000001000.safetensors"]
+    assert [path.name for path in folder.newest_first()] == names
+    assert sorted(path.name for path in folder.path.iterdir()) == [BEST, *sorted(names)]
+    assert read(folder.path / BEST, 10**6).facts.update == 10
+    assert ranks_with_checkpoints(tmp_path) == [1]
+
+
+def test_names_that_are_no_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, 0, 1)
+    folder.save(TENSORS, update(1), best=False)
+    others = ["segment-0-update-.safetensors", "segment--1-update-5.safetensors", "notes.txt", "segment-0-update-9.pt"]
+    for name in others:
+        (folder.path / name).write_text("mine")
+    (tmp_path / "checkpoints" / "rank-00000x").mkdir()
+    folder.save(TENSORS, update(2), best=False)
+    assert [path.name for path in folder.newest_first()] == ["segment-0-update-000000000002.safetensors"]
+    assert all((folder.path / name).read_text() == "mine" for name in others)
+    assert ranks_with_checkpoints(tmp_path) == [0]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/rank-00003"])
+def test_nothing_is_written_through_a_link(name: str, tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (run / name).parent.mkdir(parents=True)
+    (run / name).symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="link"):
+        CheckpointFolder(run, 3, 1)
+    assert ranks_with_checkpoints(run) == ([] if name == "checkpoints" else [3])
+    # Nor through the name of a file to come.
+    folder = CheckpointFolder(tmp_path / "other", 0, 1)
+    folder.path.mkdir(parents=True)
+    (elsewhere / "precious").write_text("mine")
+    for scratch in (f"{BEST}.tmp", BEST):
+        (folder.path / scratch).symlink_to(elsewhere / "precious")
+    folder.save(TENSORS, update(1), best=True)
+    assert (elsewhere / "precious").read_text() == "mine"
+    assert read(folder.path / BEST, 10**6).facts.update == 1
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CheckpointFolder(tmp_path, 0, 1)
+    folder.save(TENSORS, update(1), best=True)
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+
+    def fail(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="space"):
+        folder.save(TENSORS, update(2), best=True)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_a_run_whose_folder_is_gone_gets_no_new_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        CheckpointFolder(tmp_path / "gone", 0, 1).save(TENSORS, FACTS, best=False)
+    assert not (tmp_path / "gone").exists()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from dataclasses import replace
+from gala_mpi.checkpoint import CheckpointFolder, read
+from gala_mpi.config import RecordConfig
+from gala_mpi.recorder import Recorder, rank_file
+run, segment = Path(sys.argv[1]), int(sys.argv[2])
+facts = replace(read(run / "facts.safetensors", 10**6).facts, segment=segment)
+recorder = Recorder(rank_file(run, 0, segment), {"segment": segment}, RecordConfig(), 1)
+folder = CheckpointFolder(run, 0, 3)
+print("writing", flush=True)
+for number in range(1, 1 << 60):
+    for _ in range(20):
+        recorder.append("episodes", (0.0, number, number, 0, 1.0, 1))
+    recorder.flush()
+    about = replace(facts, update=number)
+    folder.save({"big": np.full(50_000, number, np.float32)}, about, best=number % 3 == 0)
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_a_hundred_times_at_random_instants_all_files_can_be_read(tmp_path: Path) -> None:
+    """What a line on the pipe said was done is there: rows and checkpoint of that number, or of a later one."""
+    import h5py
+
+    from gala_mpi.recorder import rank_file
+
+    program = tmp_path / "writer.py"
+    program.write_text(WRITER)
+    (tmp_path / "facts.safetensors").write_bytes(WHOLE)
+    chance = random.Random(1)
+    for segment in range(100):
+        process = subprocess.Popen(
+            [sys.executable, str(program), str(tmp_path), str(segment)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        time.sleep(chance.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        said = process.stdout.read().split("\n")[:-1]
+        process.stdout.close()
+        process.wait(10)
+        done = int(said[-1]) if said else 0
+        with h5py.File(rank_file(tmp_path, 0, segment), "r", swmr=True, locking=False) as file:
+            rows = file["episodes"][:]
+        assert done * 20 <= len(rows) <= (done + 1) * 20 and len(rows) % 20 == 0
+        assert rows["update"].tolist() == [1 + index // 20 for index in range(len(rows))]
+        folder = CheckpointFolder(tmp_path, 0, 3)
+        for path in [*folder.newest_first(), folder.path / BEST]:
+            if path.exists():
+                found = read(path, 10**6)
+                assert (found.tensors["big"] == found.facts.update).all()
+        of_segment = [path for path in folder.newest_first() if path.name.startswith(f"segment-{segment}-")]
+        if done:
+            assert read(of_segment[0], 10**6).facts.update in (done, done + 1)
+    # What the killed ones left unfinished does not pile up.
+    assert len(list(folder.path.glob("*.tmp"))) <= 2
+
+
+def test_the_weights_can_be_read_by_safetensors_alone() -> None:
+    assert {"parameters.w", "parameters.b"} <= load(WHOLE).keys()
