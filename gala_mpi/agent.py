@@ -119,6 +119,7 @@ class Agent:
         rate = learning_rate(config, comm.size)
         average = self._exchange.average_gradient
         self._learner = Learner(self._flat, config.learner, rate, average, self._stopwatch)
+        folder = on_all_ranks(comm, lambda: _checkpoint_folder(info.folder, comm.rank, config.record.keep_checkpoints))
         resumption = self._find_checkpoints(info) if info.segment else None
         stream = [config.run.seed, comm.rank]
         if resumption is not None:
@@ -132,7 +133,6 @@ class Agent:
         self._collector = Collector(self._simulators, self._policy, steps, seed, generator, self._stopwatch, dtype)
         parts = Parts(self._flat, self._learner, self._collector, self._exchange, self._board, self._stopwatch)
         identity = Identity(info.run_id, info.segment, comm.rank, comm.size, config.as_dict())
-        folder = on_all_ranks(comm, lambda: _checkpoint_folder(info.folder, comm.rank, config.record.keep_checkpoints))
         self._checkpointer = Checkpointer(folder, parts, identity, config.record.checkpoint_every_s)
         self._agent_steps = self._update = 0
         self._begin_s: float = 0.0
@@ -267,6 +267,8 @@ class Agent:
     def _save(self) -> None:
         """Write a checkpoint of the run as it is now."""
         with self._watchdog.limit(4 * self._timeout_s, STUCK_FILES):
+            # A run that goes on from a checkpoint then misses no row before it.
+            self._recorder.flush()
             self._checkpointer.save(self._update, self._agent_steps, self._now_s())
         self._stopwatch.lap("checkpoint")
 
@@ -389,9 +391,9 @@ class Agent:
         self._record_sketch(now_s)
         with self._watchdog.limit(4 * self._timeout_s, STUCK_FILES):
             self._recorder.flush_if_due()
-            lap("record")
-            self._checkpointer.save_if_due(self._update, self._agent_steps, self._now_s())
-            lap("checkpoint")
+        lap("record")
+        if self._checkpointer.due(self._now_s()):
+            self._save()
 
     def _record(self, now_s: float, losses: Losses) -> None:
         counters, when = self._exchange.counters, (now_s, self._update)

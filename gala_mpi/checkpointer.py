@@ -76,10 +76,9 @@ class Checkpointer:
         self._episodes += len(episodes)
         self._recent.extend([time_s, episode.episode_return] for episode in episodes)
 
-    def save_if_due(self, update: int, agent_steps: int, time_s: float) -> None:
-        """Save if the interval has passed."""
-        if time_s >= self._next_s:
-            self.save(update, agent_steps, time_s)
+    def due(self, time_s: float) -> bool:
+        """Whether the interval has passed."""
+        return time_s >= self._next_s
 
     def save(self, update: int, agent_steps: int, time_s: float) -> None:
         """Write a checkpoint. What cannot be written is a warning, and tried again after the interval."""

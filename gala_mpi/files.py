@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from pathlib import Path
@@ -39,6 +40,21 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_room(path: Path, nbytes: int) -> None:
+    """Raise OSError if the file system has no room for so many bytes more beside `path`, or takes no file there."""
+    scratch = path.with_name(f"{path.name}.room")
+    handle = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        scratch.unlink()
+        os.posix_fallocate(handle, 0, nbytes)
+    except OSError as error:
+        # Not every file system can tell.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    finally:
+        os.close(handle)
 
 
 def first_line(error: BaseException) -> str:

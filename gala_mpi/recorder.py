@@ -18,12 +18,14 @@ import h5py
 import numpy as np
 
 from gala_mpi.config import RecordConfig
-from gala_mpi.files import first_line
+from gala_mpi.files import check_room, first_line
 from gala_mpi.schema import SCHEMA_VERSION, TABLES
 
 CHUNK_BYTES = 64 * 1024
 # Of each table: what waits while the disk is full.
 KEPT_ROWS = 100_000
+# For what HDF5 keeps beside the rows.
+ROOM_BYTES = 64 * 1024
 log = logging.getLogger(__name__)
 
 
@@ -81,6 +83,9 @@ class Recorder:
         """Write all rows that wait to the file, and let readers see them. False, with a warning, if that failed."""
         self._flushed_at_s = time.monotonic()
         try:
+            waiting = sum(len(rows) * self._datasets[name].dtype.itemsize for name, rows in self._rows.items())
+            # HDF5 does not always get over a write that failed: rather begin none.
+            check_room(self._path, waiting + len(TABLES) * CHUNK_BYTES + ROOM_BYTES)
             for name, rows in self._rows.items():
                 if rows:
                     self._extend(self._datasets[name], np.array(rows, self._datasets[name].dtype))

@@ -1,0 +1,294 @@
+"""What befalls a run: full disks, folders that vanish, simulators that break or hang, want of memory, clocks set back.
+
+Each fault is injected into one rank of a real run; the others must end, or go on, as the README says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import Mpi, finish
+from test_cli import assert_closed
+
+from gala_mpi.checkpoint import CheckpointError, CheckpointFolder, read
+from gala_mpi.recorder import rank_file
+
+TRAIN = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--record-every", "1", "--flush-every-s", "0.2")
+LONG = ("--total-steps", "100_000_000")
+
+# A fault in rank 1, after some updates.
+FAULTY = """
+import os, shutil, sys, time
+import numpy as np
+from mpi4py import MPI
+from gala_mpi import cli, environments
+step, calls, wall = environments.Simulators.step, [], time.time
+fault = sys.argv.pop(1)
+class Broken:
+    def __init__(self, env):
+        self.env = env
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+    def step(self, actions):
+        observations, rewards, *rest = self.env.step(actions)
+        if fault == "observations":
+            observations[2] = np.nan
+        else:
+            rewards[2] = np.inf
+        return observations, rewards, *rest
+def faulty(self, actions):
+    calls.append(1)
+    if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1 and len(calls) == 400:
+        if fault == "raise":
+            raise RuntimeError("the simulator broke")
+        elif fault == "memory":
+            import resource
+            resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+            np.ones(2**40)
+        elif fault == "hang":
+            time.sleep(10_000)
+        elif fault in ("observations", "rewards"):
+            self.env = Broken(self.env)
+        elif fault == "clock":
+            time.time = lambda: wall() - 3600
+    return step(self, actions)
+environments.Simulators.step = faulty
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+def run_faulty(mpi: Mpi, fault: str, size: int, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return mpi.run(size, "-c", FAULTY, fault, *TRAIN[3:], *args, "--out", str(folder), timeout_s=100)
+
+
+def updates(run: Path, rank: int) -> np.ndarray:
+    with h5py.File(rank_file(run, rank), "r", swmr=True, locking=False) as file:
+        return file["updates"][:]
+
+
+@pytest.mark.parametrize("exchange", ["gossip", "allreduce"])
+def test_a_simulator_that_raises_ends_all_ranks_with_checkpoints(mpi: Mpi, exchange: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = run_faulty(mpi, "raise", 3, run, *LONG, "--exchange", exchange)
+    assert done.returncode == 1, done.stderr
+    assert "[2/3] RuntimeError: the simulator broke" in done.stderr
+    assert "--resume goes on" in done.stderr and "ranks that ended by an error: 2" in done.stdout
+    assert_closed(run, 3)
+    for rank in range(2):
+        # Not only the one of the beginning.
+        newest = read(CheckpointFolder(run, rank).newest_first()[0], 10**8)
+        assert newest.facts.update == updates(run, rank)["update"][-1] > 0
+    again = mpi.run(3, *TRAIN[:3], "--resume", str(run), "--total-steps", "50_000")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("observations", r"SimulatorError: simulator 2 of this rank gave observations that are not finite \(\[nan"),
+        ("rewards", r"SimulatorError: simulator 2 of this rank gave rewards that are not finite \(inf\)"),
+        ("memory", r"MemoryError: Unable to allocate"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_breaks_one_rank_is_named_and_ends_the_run(
+    one_mpi: Mpi, size: int, fault: str, said: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = run_faulty(one_mpi, fault, size, run, *LONG)
+    assert done.returncode == 1, done.stderr
+    assert re.search(rf"\[{size - 1}/{size}\] .*{said}", done.stderr), done.stderr
+    assert_closed(run, size)
+
+
+def test_a_simulator_that_hangs_ends_its_rank_with_its_stack(one_mpi: Mpi, tmp_path: Path) -> None:
+    done = run_faulty(one_mpi, "hang", 1, tmp_path / "run", *LONG, "--simulator-timeout-s", "3")
+    assert done.returncode == 1
+    assert "a rollout takes longer than 3 s (--simulator-timeout-s)" in done.stderr and "in faulty" in done.stderr
+    # Its file can be read, as that of any killed rank.
+    updates(tmp_path / "run", 0)
+
+
+def test_a_simulator_that_hangs_does_not_hold_others_up(mpi: Mpi, tmp_path: Path) -> None:
+    """It counts as lost, and the others finish the budget."""
+    args = ("--total-steps", "60_000", "--neighbour-timeout-s", "2", "--simulator-timeout-s", "500")
+    done = run_faulty(mpi, "hang", 3, tmp_path / "run", *args)
+    assert done.returncode == 3, done.stderr
+    assert "lost ranks: 2" in done.stdout
+
+
+def test_a_clock_that_is_set_back_changes_nothing(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = run_faulty(one_mpi, "clock", 2, run, *LONG, "--time-limit-s", "8")
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        times = updates(run, rank)["time_s"]
+        assert (np.diff(times) > 0).all() and 7 < times[-1] < 12
+        with h5py.File(rank_file(run, rank), "r") as file:
+            assert (np.diff(file["sketches"]["time_s"]) >= 0).all()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MB of its own."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], check=False)
+    if mounted.returncode != 0:
+        if os.environ.get("GALA_MPI_REQUIRE_CLUSTER"):
+            pytest.fail("a small file system is required: only root may mount one")
+        pytest.skip("only root may mount a small file system")
+    yield place
+    with contextlib.suppress(subprocess.CalledProcessError):
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def resize(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
+def start(mpi: Mpi, run: Path, *args: str) -> subprocess.Popen[str]:
+    return mpi.start(2, *TRAIN, *args, "--checkpoint-every-s", "0.5", "--out", str(run))
+
+
+def wait_for_rows(run: Path, count: int) -> None:
+    """Until each rank has left so many rows, and a checkpoint after the first."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, RuntimeError, KeyError, IndexError, CheckpointError):
+            newest = [CheckpointFolder(run, rank).newest_first()[0] for rank in range(2)]
+            if all(len(updates(run, rank)) >= count for rank in range(2)) and all(
+                read(path, 10**7).facts.update > 0 for path in newest
+            ):
+                return
+        time.sleep(0.1)
+    pytest.fail(f"{run} has no {count} rows")
+
+
+def test_a_full_disk_is_waited_out(mpi: Mpi, small_disk: Path) -> None:
+    run = small_disk / "run"
+    process = start(mpi, run, *LONG, "--time-limit-s", "18")
+    wait_for_rows(run, 5)
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(b"x" * 65536)
+    time.sleep(6)
+    # All that is there can be read, on a disk that is still full.
+    before = [len(updates(run, rank)) for rank in range(2)]
+    for rank in range(2):
+        assert read(CheckpointFolder(run, rank).newest_first()[0], 10**7).facts.update > 0
+        assert not list(CheckpointFolder(run, rank).path.glob("*.tmp"))
+    filler.unlink()
+    resize(small_disk, "size=200m")
+    done = finish(process, 60)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"rank-{rank:05d}.h5: metrics cannot be written" in done.stderr
+        assert f"rank-{rank:05d}: no checkpoint can be written" in done.stderr
+        assert f"rank-{rank:05d}.h5: is written again" in done.stderr
+        table = updates(run, rank)
+        assert len(table) > before[rank] and table["update"].tolist() == list(range(1, len(table) + 1))
+        assert read(CheckpointFolder(run, rank).newest_first()[0], 10**7).facts.update == len(table)
+
+
+def test_a_disk_that_stays_full_costs_what_could_not_be_written(one_mpi: Mpi, small_disk: Path) -> None:
+    run = small_disk / "run"
+    (small_disk / "filler").write_bytes(b"x" * 1_200_000)
+    done = one_mpi.run(2, *TRAIN, *LONG, "--time-limit-s", "12", "--checkpoint-every-s", "0.5", "--out", str(run))
+    # It filled what was left by itself.
+    assert done.returncode == 5, done.stderr
+    assert "not all metrics and checkpoints could be written" in done.stdout
+    for rank in range(2):
+        table = updates(run, rank)
+        assert len(table) > 0 and table["update"].tolist() == list(range(1, len(table) + 1))
+        assert read(CheckpointFolder(run, rank).newest_first()[0], 10**7).facts.update > 0
+
+
+@pytest.mark.parametrize("how", ["read-only", "removed"])
+def test_a_folder_that_cannot_be_written_any_more_does_not_end_the_run(
+    one_mpi: Mpi, how: str, small_disk: Path
+) -> None:
+    resize(small_disk, "size=200m")
+    run = small_disk / "run"
+    process = start(one_mpi, run, *LONG, "--time-limit-s", "8")
+    wait_for_rows(run, 5)
+    if how == "removed":
+        run.rename(small_disk / "away")
+    else:
+        # Files that are open for writing stay so: those are written on.
+        subprocess.run(["mount", "-o", "bind", str(small_disk), str(small_disk)], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(small_disk)], check=True)
+    done = finish(process, 60)
+    assert done.returncode == 5, done.stderr
+    assert re.search(r"rank-0000\d: no checkpoint can be written \(.*(No such file|Read-only)", done.stderr)
+    if how == "removed":
+        assert re.search(r"rank-0000\d.h5: metrics cannot be written", done.stderr)
+    else:
+        subprocess.run(["umount", str(small_disk)], check=True)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from gala_mpi.config import RecordConfig
+from gala_mpi.recorder import Recorder
+recorder, count = Recorder(Path(sys.argv[1]), {}, RecordConfig(), 1), 0
+print("ready", flush=True)
+for line in sys.stdin:
+    for _ in range(500):
+        count += 1
+        recorder.append("episodes", (0.0, count, count, 0, 1.0, 1))
+        recorder.append("updates", (0.0, count, *[0] * 19))
+    print(int(recorder.flush() if line == "flush\\n" else recorder.close()), flush=True)
+"""
+
+
+@pytest.mark.parametrize("space", range(150, 900, 50))
+def test_a_file_on_a_disk_of_any_size_stays_readable(space: int, small_disk: Path) -> None:
+    """Whatever does not fit any more: a chunk, its index, or the file's own list of rows."""
+    path = rank_file(small_disk, 0)
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdin is not None and writer.stdout is not None
+
+        def tell(order: str) -> bool:
+            assert writer.stdin is not None and writer.stdout is not None
+            writer.stdin.write(f"{order}\n")
+            writer.stdin.flush()
+            return writer.stdout.readline() == "1\n"
+
+        assert writer.stdout.readline() == "ready\n"
+        (small_disk / "filler").write_bytes(b"x" * (3 * 2**20 - space * 1024))
+        failures = 0
+        for count in range(500, 15_000, 500):
+            written = tell("flush")
+            failures += not written
+            assert written or failures > 0
+            with h5py.File(path, "r", swmr=True, locking=False) as file:
+                for table in ("episodes", "updates"):
+                    rows = file[table]["update"]
+                    assert rows.tolist() == list(range(1, len(rows) + 1))
+                    assert not written or len(rows) == count
+        assert failures
+        if space % 100:
+            resize(small_disk, "size=30m")
+        assert tell("close") == bool(space % 100)
+        writer.stdin.close()
+        assert writer.wait(10) == 0
+    with h5py.File(path, "r", swmr=True, locking=False) as file:
+        for table in ("episodes", "updates"):
+            rows = file[table]["update"]
+            assert rows.tolist() == list(range(1, len(rows) + 1))
+            assert space % 100 == 0 or len(rows) == 15_000

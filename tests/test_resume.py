@@ -1,0 +1,304 @@
+"""Runs that go on: the same to the bit where that can be, with any number of ranks, from files that may be broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, Mpi, finish, kill, rank_process
+from test_cli import start_long_run
+
+from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, ranks_with_checkpoints, read
+
+sys.path.insert(0, str(ROOT / "analysis"))
+from learning_curves import curve
+from runs import read_run
+
+TRAIN = ("-m", "gala_mpi", "train")
+# Every update is 64 steps a rank: T = 8, N = 8.
+CARTPOLE = (*TRAIN, "--preset", "cartpole", "--learning-rate-decay", "none", "--record-every", "1")
+
+
+def newest(run: Path, rank: int) -> Checkpoint:
+    return read(CheckpointFolder(run, rank).newest_first()[0], 10**8)
+
+
+def assert_same_policies(first: Path, second: Path, size: int) -> None:
+    for rank in range(size):
+        one, other = newest(first, rank), newest(second, rank)
+        assert one.facts.update == other.facts.update and one.facts.agent_steps == other.facts.agent_steps
+        assert one.tensors.keys() == other.tensors.keys()
+        for name, values in one.tensors.items():
+            np.testing.assert_array_equal(values, other.tensors[name], err_msg=f"rank {rank}: {name}")
+
+
+def resume(mpi: Mpi, run: Path, size: int, *args: str, timeout_s: float = 120) -> str:
+    """Go on to the end; the output."""
+    done = mpi.run(size, *TRAIN, "--resume", str(run), *args, timeout_s=timeout_s)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Acrobot-v1"])
+def test_one_rank_goes_on_to_the_bit(one_mpi: Mpi, env: str, tmp_path: Path) -> None:
+    more = ("--env", env, "--seed", "3")
+    one_mpi.run(1, *CARTPOLE, *more, "--total-steps", "12_800", "--out", str(tmp_path / "whole"))
+    one_mpi.run(1, *CARTPOLE, *more, "--total-steps", "6_400", "--out", str(tmp_path / "parts"))
+    assert newest(tmp_path / "parts", 0).facts.update == 100
+    resume(one_mpi, tmp_path / "parts", 1, "--total-steps", "12_800")
+    assert newest(tmp_path / "whole", 0).facts.update == 200
+    assert_same_policies(tmp_path / "whole", tmp_path / "parts", 1)
+    whole, parts = read_run(tmp_path / "whole"), read_run(tmp_path / "parts")
+    for name in ("updates", "episodes"):
+        one, other = whole.table(name), parts.table(name)
+        same = [c for c in one.columns if not c.endswith("_s") and c != "segment"]
+        assert one[same].equals(other[same]), name
+
+
+def test_all_reduce_goes_on_to_the_bit(mpi: Mpi, tmp_path: Path) -> None:
+    args = (*CARTPOLE, "--exchange", "allreduce")
+    mpi.run(2, *args, "--total-steps", "12_800", "--out", str(tmp_path / "whole"))
+    mpi.run(2, *args, "--total-steps", "6_400", "--out", str(tmp_path / "parts"))
+    resume(mpi, tmp_path / "parts", 2, "--total-steps", "12_800")
+    assert newest(tmp_path / "whole", 0).facts.update == 100
+    assert_same_policies(tmp_path / "whole", tmp_path / "parts", 2)
+
+
+def test_a_signal_and_a_resume_lose_nothing(mpi: Mpi, tmp_path: Path) -> None:
+    """Steps, updates, sums and times go on where they ended, on every rank."""
+    run = tmp_path / "run"
+    process = start_long_run(mpi, run, 3, "--record-every", "1")
+    os.kill(rank_process(process.pid, 1), signal.SIGUSR1)
+    done = finish(process, 60)
+    assert done.returncode == 75, done.stderr
+    assert f"go on with --resume {run}" in done.stdout
+    before = [newest(run, rank).facts for rank in range(3)]
+    total = sum(facts.agent_steps for facts in before)
+    assert f"{total:,} steps in" in done.stdout
+    said = resume(mpi, run, 3, "--total-steps", str(total + 3 * 64 * 50))
+    assert "changed: --total-steps from 1000000000 to" in said
+    table = read_run(run).table("updates")
+    for rank, facts in enumerate(before):
+        rows = table[table["rank"] == rank]
+        # The last update before the seam, and the first one after it, follow each other.
+        assert rows["update"].tolist() == list(range(1, len(rows) + 1))
+        assert rows["agent_steps"].tolist() == [64 * update for update in rows["update"]]
+        assert facts.update in rows["update"].tolist() and len(rows) > facts.update
+        for column in ("time_s", "rollout_s", "learn_s", "exchange_s", "messages_sent", "messages_mixed"):
+            assert (np.diff(rows[column]) >= 0).all(), column
+        after = rows[rows["segment"] == 1]
+        with h5py.File(run / f"rank-{rank:05d}.1.h5", "r") as file:
+            resumed = json.loads(file.attrs["resumed"])
+            assert file.attrs["segment"] == 1 and file.attrs["run_id"] == facts.run_id
+        assert resumed["updates"] == [f.update for f in before] and resumed["agent_steps"] == facts.agent_steps
+        # No time passes between the end of one segment and the beginning of the next.
+        assert 0 <= after["time_s"].iloc[0] - facts.time_s < 2
+
+
+def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    mpi.run(2, *CARTPOLE, "--total-steps", "12_800", "--out", str(run))
+    for size, before in ((4, 2), (3, 4), (1, 3)):
+        old = [newest(run, rank) for rank in range(before)]
+        total = sum(checkpoint.facts.agent_steps for checkpoint in old)
+        # No budget is left: what is written is what was taken over.
+        said = resume(mpi, run, size, "--total-steps", "100")
+        assert f"changed: ranks from {before} to {size}" in said
+        steps = 0
+        for rank in range(size):
+            found, source = newest(run, rank), old[rank % before]
+            assert found.facts.size == size and found.facts.update == source.facts.update
+            steps += found.facts.agent_steps
+            for name, values in source.tensors.items():
+                if name.startswith(("parameters.", "optimiser.")):
+                    np.testing.assert_array_equal(found.tensors[name], values)
+                elif rank >= before and name.endswith("stream"):
+                    # Another rank's streams are not drawn twice.
+                    assert not np.array_equal(found.tensors[name], values), name
+        assert total - size < steps <= total
+    said = resume(mpi, run, 3, "--total-steps", "25_600")
+    assert re.search(r"2[56],\d\d\d steps in", said)
+    curve(read_run(run), 10)
+    data = curve(read_run(run), 10)
+    assert (np.diff(data["agent_steps"]) >= 0).all() and 25_000 < data["agent_steps"].iloc[-1] < 27_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "then"), [(4, 4), (2, 4)])
+def test_a_curve_over_the_seam_shows_no_dip(one_mpi: Mpi, size: int, then: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = one_mpi.run(size, *TRAIN, "--preset", "cartpole", "--out", str(run), timeout_s=240)
+    assert done.returncode == 0
+    resume(one_mpi, run, then, "--total-steps", "600_000", "--learning-rate", "0.0003", timeout_s=240)
+    table = read_run(run).table("episodes").sort_values("time_s")
+    before = table[table["segment"] == 0]["episode_return"].iloc[-100:].mean()
+    after = table[table["segment"] == 1]["episode_return"].iloc[:100].mean()
+    assert before >= 475 and after >= 0.95 * before
+
+
+def test_killed_ranks_lose_no_more_than_an_interval(mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_long_run(mpi, run, 3, "--checkpoint-every-s", "0.5", "--record-every", "1")
+    time.sleep(2)
+    kill(process)
+    process.communicate(timeout=30)
+    facts = [newest(run, rank).facts for rank in range(3)]
+    lost = {}
+    for rank, mine in enumerate(facts):
+        with h5py.File(run / f"rank-{rank:05d}.h5", "r", swmr=True, locking=False) as file:
+            rows = file["updates"][:]
+        lost[rank] = int((rows["update"] > mine.update).sum())
+        # Rows are flushed every half second, checkpoints written as often.
+        assert abs(rows["time_s"][-1] - mine.time_s) < 1.5
+    resume(mpi, run, 3, "--total-steps", str(sum(f.agent_steps for f in facts) + 3 * 64 * 20))
+    table = read_run(run).table("updates")
+    for rank, mine in enumerate(facts):
+        rows = table[table["rank"] == rank]
+        # What was lost is not counted twice.
+        assert rows["update"].tolist() == list(range(1, len(rows) + 1)), lost
+        assert rows[rows["update"] <= mine.update]["segment"].max() == 0
+    data = curve(read_run(run), 10)
+    assert (np.diff(data["agent_steps"]) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "how", ["cut off", "a byte changed", "another run's", "a link", "of another rank", "no floats"]
+)
+def test_a_broken_checkpoint_is_named_and_the_one_before_taken(one_mpi: Mpi, how: str, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    args = ("--total-steps", "6_400", "--checkpoint-every-s", "0.02")
+    for folder in (run, other):
+        one_mpi.run(2, *CARTPOLE, *args, "--out", str(folder))
+    last, before = CheckpointFolder(run, 1).newest_first()[:2]
+    content = last.read_bytes()
+    if how == "cut off":
+        last.write_bytes(content[: len(content) // 2])
+    elif how == "a byte changed":
+        last.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif how == "another run's":
+        shutil.copy(CheckpointFolder(other, 1).newest_first()[0], last)
+    elif how == "of another rank":
+        shutil.copy(CheckpointFolder(run, 0).newest_first()[0], last)
+    elif how == "no floats":
+        _with_nan(last)
+    else:
+        (tmp_path / "elsewhere").write_bytes(content)
+        last.unlink()
+        last.symlink_to(tmp_path / "elsewhere")
+    expected = read(before, 10**8).facts.update
+    said = resume(one_mpi, run, 2, "--total-steps", "100")
+    assert re.search(rf"WARNING: .*{last.name}: cannot be used: \w", said)
+    assert newest(run, 1).facts.update == expected
+
+
+def _with_nan(path: Path) -> None:
+    """Rewrite a checkpoint with a parameter that is not finite."""
+    from gala_mpi.checkpoint import encode
+
+    checkpoint = read(path, 10**8)
+    tensors = {name: values.copy() for name, values in checkpoint.tensors.items()}
+    next(values for name, values in tensors.items() if name.startswith("parameters.")).flat[0] = np.nan
+    path.write_bytes(encode(tensors, checkpoint.facts))
+
+
+def test_a_run_of_which_no_checkpoint_can_be_used_is_refused_and_stays_as_it_is(mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    mpi.run(2, *CARTPOLE, "--total-steps", "6_400", "--out", str(run))
+    for rank in ranks_with_checkpoints(run):
+        for path in CheckpointFolder(run, rank).newest_first():
+            path.write_bytes(b"not any more")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = mpi.run(2, *TRAIN, "--resume", str(run))
+    assert done.returncode == 2
+    assert "expected a run with a checkpoint that can be used; all 4 of it cannot" in done.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_rank_that_left_none_takes_another_ranks(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    one_mpi.run(3, *CARTPOLE, "--total-steps", "6_400", "--out", str(run))
+    shutil.rmtree(CheckpointFolder(run, 1).path)
+    said = resume(one_mpi, run, 3, "--total-steps", "12_800")
+    assert "rank 1 left no checkpoint: rank 1 goes on from that of rank 2" in said
+
+
+def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    one_mpi.run(2, *CARTPOLE, "--total-steps", "6_400", "--out", str(run))
+    shutil.rmtree(run / "checkpoints")
+    said = resume(one_mpi, run, 2)
+    assert "holds no checkpoint yet: the run begins anew" in said
+    table = read_run(run).table("updates")
+    # All before it is void.
+    assert (table["segment"] == 1).all() and table["agent_steps"].max() < 6_400
+
+
+def test_what_has_changed_is_told_and_what_must_not_is_refused(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    one_mpi.run(1, *CARTPOLE, "--total-steps", "640", "--out", str(run))
+    said = resume(one_mpi, run, 1, "--total-steps", "1280", "--gamma", "0.9", "--exchange", "none")
+    assert "changed: --gamma from 0.98 to 0.9: ranks learn with it from here on" in said
+    assert "changed: --exchange from gossip to none: " in said
+    # From now on they are the run's.
+    assert "changed: --gamma" not in resume(one_mpi, run, 1)
+    for args in (
+        ("--env", "Acrobot-v1"),
+        ("--hidden", "8"),
+        ("--seed", "9"),
+        ("--sketch-dimension", "64"),
+        ("--out", str(tmp_path / "elsewhere")),
+        ("--preset", "cartpole"),
+    ):
+        done = one_mpi.run(1, *TRAIN, "--resume", str(run), *args)
+        assert done.returncode == 2 and args[0] in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "elsewhere").exists()
+    assert sorted(path.name for path in run.glob("config*.toml")) == ["config.1.toml", "config.2.toml", "config.toml"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_folder_that_holds_no_run_is_refused(one_mpi: Mpi, size: int, tmp_path: Path) -> None:
+    for name, text in (("absent", None), ("empty", ""), ("half", '{"run_id": "../../etc"}'), ("list", "[" * 50_000)):
+        folder = tmp_path / name
+        if text is not None:
+            folder.mkdir()
+        if text:
+            (folder / "config.toml").write_text('[environment]\nenv = "CartPole-v1"\n')
+            (folder / "run.json").write_text(text)
+        done = one_mpi.run(size, *TRAIN, "--resume", str(folder))
+        assert done.returncode == 2 and "--resume" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert "the folder of a run" in done.stderr
+
+
+@pytest.mark.parametrize("trick", ["an import", "a pipe", "a link", "not toml", "checkpoints elsewhere"])
+def test_a_strangers_folder_runs_no_code_and_writes_nowhere_else(one_mpi: Mpi, trick: str, tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    one_mpi.run(1, *CARTPOLE, "--total-steps", "640", "--out", str(run))
+    elsewhere.mkdir()
+    if trick == "an import":
+        (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+        text = (run / "config.toml").read_text().replace("CartPole-v1", "evil:CartPole-v1")
+        (run / "config.toml").write_text(text)
+    elif trick == "a pipe":
+        (run / "config.toml").unlink()
+        os.mkfifo(run / "config.toml")
+    elif trick == "a link":
+        (run / "config.toml").unlink()
+        (run / "config.toml").symlink_to("/dev/zero")
+    elif trick == "not toml":
+        (run / "config.toml").write_text("a = " + "[" * 100_000)
+    else:
+        shutil.move(run / "checkpoints", elsewhere / "checkpoints")
+        (run / "checkpoints").symlink_to(elsewhere / "checkpoints")
+    before = {path for path in tmp_path.rglob("*")}
+    done = one_mpi.run(1, *TRAIN, "--resume", str(run), "--total-steps", "1280", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert {path for path in tmp_path.rglob("*")} == before
