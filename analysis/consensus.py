@@ -20,7 +20,7 @@ import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from runs import Run, read_run, run_script
+from runs import Run, output, read_run, run_script
 
 COLUMNS = ["instant", "time_s", "ranks", "rank", "update", "distance_to_mean", "relative_distance", "mean_norm"]
 
@@ -85,9 +85,9 @@ def main() -> None:
     run = read_run(args.run)
     data = distances(run)
     out = args.out or args.run
-    out.mkdir(parents=True, exist_ok=True)
-    data.to_csv(out / "consensus.csv", index=False)
-    draw(data, run, out / "consensus.png")
+    table, picture = output(out, "consensus.csv"), output(out, "consensus.png")
+    data.to_csv(table, index=False)
+    draw(data, run, picture)
     if data.empty:
         print(f"{run.folder}: no two ranks have drawn a sketch yet")
     else:
@@ -97,8 +97,8 @@ def main() -> None:
             f"{distance.median():.3g}, greatest (epsilon) {distance.max():.3g}, "
             f"{data['relative_distance'].max():.2%} of the mean's norm"
         )
-    print(out / "consensus.csv")
-    print(out / "consensus.png")
+    print(table)
+    print(picture)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from runs import Run, read_run, run_script
+from runs import Run, output, read_run, run_script
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -98,9 +98,9 @@ def main() -> None:
     runs = [read_run(folder) for folder in args.runs]
     curves = [curve(run, args.window) for run in runs]
     out = args.out or args.runs[0]
-    out.mkdir(parents=True, exist_ok=True)
-    pd.concat(curves).to_csv(out / "learning-curve.csv", index=False)
-    draw(curves, runs, args.x, args.window, out / "learning-curve.png")
+    table, picture = output(out, "learning-curve.csv"), output(out, "learning-curve.png")
+    pd.concat(curves).to_csv(table, index=False)
+    draw(curves, runs, args.x, args.window, picture)
     for data, run in zip(curves, runs, strict=True):
         if data.empty:
             print(f"{run.folder}: no episode has ended yet")
@@ -110,8 +110,8 @@ def main() -> None:
             f"{run.folder}: {len(data)} episodes, {last['agent_steps']:,} agent steps in {last['time_s']:,.0f} s; "
             f"mean return {last['mean_return']:.2f} at the end, {full['mean_return'].max():.2f} at best"
         )
-    print(out / "learning-curve.csv")
-    print(out / "learning-curve.png")
+    print(table)
+    print(picture)
 
 
 if __name__ == "__main__":

@@ -148,10 +148,13 @@ def _head(file: h5py.File) -> dict[str, Any]:
         numbers = [resumed["time_s"], resumed["agent_steps"], *resumed["updates"]]
         if not all(type(number) in (int, float) and number >= 0 for number in numbers):
             raise ValueError("its attribute resumed is not what a run writes")
+    size = int(attributes["size"])
+    if not 0 < size < 10**6:
+        raise ValueError(f"its attribute size is {size}")
     return {
         "run_id": str(attributes["run_id"]),
         "env_id": str(attributes["env_id"]),
-        "size": int(attributes["size"]),
+        "size": size,
         "config": json.loads(attributes["config"]),
         "resumed": resumed,
     }
@@ -187,6 +190,15 @@ def _frame(rows: np.ndarray) -> pd.DataFrame:
     """A structured array as a data frame; vectors become one object a row."""
     columns = {name: list(rows[name]) if rows[name].ndim > 1 else rows[name] for name in rows.dtype.names or ()}
     return pd.DataFrame(columns)
+
+
+def output(folder: Path, name: str) -> Path:
+    """The path of a result. Raises RunError if something else has its name: a link would be followed out of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise RunError(f"{path}: is no file of its own; expected one, or none")
+    return path
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:

@@ -45,7 +45,8 @@ def write_file(path: Path, data: bytes) -> None:
 def check_room(path: Path, nbytes: int) -> None:
     """Raise OSError if the file system has no room for so many bytes more beside `path`, or takes no file there."""
     scratch = path.with_name(f"{path.name}.room")
-    handle = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC)
+    scratch.unlink(missing_ok=True)
+    handle = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
     try:
         scratch.unlink()
         os.posix_fallocate(handle, 0, nbytes)

@@ -16,6 +16,8 @@ import h5py
 import pytest
 from conftest import Mpi, finish, rank_process
 
+from gala_mpi.checkpoint import CheckpointFolder, read
+
 COMMAND = ("-m", "gala_mpi", "train", "--preset", "cartpole")
 
 
@@ -113,7 +115,7 @@ sys.exit(cli.train(sys.argv[1:]))
 def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(mpi: Mpi, exchange: str, tmp_path: Path) -> None:
     args = ("--preset", "cartpole", "--total-steps", "100_000_000", "--exchange", exchange, "--out", "run")
     done = mpi.run(3, "-c", RAISES, *args, timeout_s=90, cwd=tmp_path)
-    assert done.returncode != 0
+    assert done.returncode == 1
     assert "[1/3] RuntimeError: the simulator broke" in done.stderr
     assert "[1/3] Traceback (most recent call last):" in done.stderr
 
@@ -134,8 +136,15 @@ def start_long_run(mpi: Mpi, folder: Path, size: int, *args: str) -> subprocess.
     pytest.fail(f"the run did not start: {process.communicate(timeout=30)}")
 
 
-@pytest.mark.parametrize("exchange", ["gossip", "allreduce"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("exchange", "number"),
+    [
+        ("gossip", signal.SIGINT),
+        ("gossip", signal.SIGTERM),
+        ("gossip", signal.SIGUSR1),
+        ("allreduce", signal.SIGTERM),
+    ],
+)
 def test_a_signal_to_one_rank_ends_all_with_closed_files(
     mpi: Mpi, exchange: str, number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -160,16 +169,55 @@ def test_an_all_reduce_does_not_wait_for_ever(mpi: Mpi, tmp_path: Path) -> None:
     assert "some rank did not come within 3 s" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_launcher_ends_all_with_closed_files(mpi: Mpi, number: signal.Signals, tmp_path: Path) -> None:
     process = start_long_run(mpi, tmp_path / "run", 2)
     os.kill(process.pid, number)
-    finish(process, 60)
+    done = finish(process, 60)
     assert_closed(tmp_path / "run", 2)
+    # To SIGUSR1 itself a launcher pays no heed, so that the ranks' own exit code comes through.
+    assert number != signal.SIGUSR1 or done.returncode == 75, done.stderr
+
+
+STUCK = """
+import sys, time
+from gala_mpi import cli, rollout
+collect, calls = rollout.Collector.collect, []
+def slow(self):
+    calls.append(1)
+    if len(calls) == 30:
+        print("stuck", flush=True)
+        time.sleep(600)
+    return collect(self)
+rollout.Collector.collect = slow
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+def test_a_second_signal_ends_a_run_at_once_with_files_that_can_be_read(tmp_path: Path) -> None:
+    args = ("--preset", "cartpole", "--flush-every-s", "0.001", "--record-every", "1", "--out", str(tmp_path / "run"))
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "stuck\n":
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT
+    with h5py.File(tmp_path / "run" / "rank-00000.h5", "r", swmr=True, locking=False) as file:
+        assert file["updates"]["update"].tolist() == list(range(1, 30))
+    assert read(CheckpointFolder(tmp_path / "run", 0).newest_first()[0], 10**8).facts.update == 0
 
 
 def assert_closed(folder: Path, size: int) -> None:
-    """A file that its writer did not close refuses to be opened for appending."""
+    """A file that its writer did not close refuses to be opened for appending. The checkpoint is of its last moment."""
     for rank in range(size):
         with h5py.File(folder / f"rank-{rank:05d}.h5", "r+") as file:
-            assert len(file["updates"]) > 0
+            last = file["updates"]["update"][-1]
+        newest = read(CheckpointFolder(folder, rank).newest_first()[0], 10**8).facts
+        # One that failed has none of the end.
+        assert newest.update == 0 or 0 <= newest.update - last < 10

@@ -1,0 +1,148 @@
+"""What the analysis makes of HDF5 files that no run wrote: one line that names them; nothing is read from elsewhere."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_analysis import episode, run_script, write_rank
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import fuzz
+
+
+def make_run(folder: Path) -> Path:
+    """A valid run of one rank; its file."""
+    recorder = write_rank(folder, 0, size=1)
+    episode(recorder, 1.0, 100, 10.0)
+    recorder.close()
+    return folder / "rank-00000.h5"
+
+
+def replace_table(path: Path, make: object) -> None:
+    with h5py.File(path, "r+") as file:
+        dtype = file["episodes"].dtype
+        attributes = dict(file["episodes"].attrs)
+        del file["episodes"]
+        make(file, dtype)  # type: ignore[operator]
+        if "episodes" in file and isinstance(file.get("episodes", getlink=True), h5py.HardLink):
+            file["episodes"].attrs.update(attributes)
+
+
+def external_link(file: h5py.File, _dtype: np.dtype) -> None:
+    file["episodes"] = h5py.ExternalLink(
+        str(Path(file.filename).parent.parent / "other" / "rank-00000.h5"), "/episodes"
+    )
+
+
+def soft_link(file: h5py.File, _dtype: np.dtype) -> None:
+    file["episodes"] = h5py.SoftLink("/updates")
+
+
+def huge(file: h5py.File, dtype: np.dtype) -> None:
+    file.create_dataset("episodes", (2**50,), dtype, maxshape=(None,), chunks=(1000,))
+
+
+def huge_row(file: h5py.File, _dtype: np.dtype) -> None:
+    file.create_dataset("episodes", (1,), np.dtype([("update", "<i8", (2**28,))]), chunks=(1,))
+
+
+def virtual(file: h5py.File, dtype: np.dtype) -> None:
+    layout = h5py.VirtualLayout((1,), dtype)
+    layout[:] = h5py.VirtualSource(str(Path(file.filename).parent.parent / "other" / "rank-00000.h5"), "episodes", (1,))
+    file.create_virtual_dataset("episodes", layout)
+
+
+def external_data(file: h5py.File, dtype: np.dtype) -> None:
+    file.create_dataset("episodes", (1,), dtype, external=[("/etc/passwd", 0, dtype.itemsize)])
+
+
+def matrix(file: h5py.File, dtype: np.dtype) -> None:
+    file.create_dataset("episodes", (2, 2), dtype)
+
+
+def numbers(file: h5py.File, _dtype: np.dtype) -> None:
+    file["episodes"] = np.arange(5.0)
+
+
+def objects(file: h5py.File, _dtype: np.dtype) -> None:
+    file.create_dataset("episodes", (1,), np.dtype([("update", h5py.ref_dtype)]))
+
+
+def group(file: h5py.File, _dtype: np.dtype) -> None:
+    file.create_group("episodes")
+
+
+@pytest.mark.parametrize(
+    "make", [external_link, soft_link, huge, huge_row, virtual, external_data, matrix, numbers, objects, group]
+)
+def test_a_table_that_is_not_the_files_own_is_refused(make: object, tmp_path: Path) -> None:
+    make_run(tmp_path / "other")
+    path = make_run(tmp_path / "run")
+    replace_table(path, make)
+    done = run_script("learning_curves.py", tmp_path / "run")
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and str(path) in done.stderr
+    assert not list((tmp_path / "run").glob("*.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("run_id", None),
+        ("size", "many"),
+        ("size", 2**62),
+        ("size", -1),
+        ("config", "{"),
+        ("config", "[" * 100_000),
+        ("resumed", "{}"),
+        ("resumed", '{"time_s": -1, "agent_steps": 0, "updates": []}'),
+        ("resumed", '{"time_s": 1, "agent_steps": 0, "updates": ["x"]}'),
+        ("schema", np.zeros(3)),
+    ],
+)
+def test_attributes_that_no_run_writes_are_refused(name: str, value: object, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    with h5py.File(path, "r+") as file:
+        if name in file.attrs:
+            del file.attrs[name]
+        if value is not None:
+            file.attrs[name] = value
+    done = run_script("learning_curves.py", tmp_path / "run")
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and str(path) in done.stderr
+
+
+def test_names_that_are_no_ranks_are_not_opened(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    for name in ("rank-0.h5", "rank-00001.h5.txt", "rank-00001.-1.h5", "rank-99999999999.h5", "../rank-00001.h5"):
+        (tmp_path / "run" / name).write_bytes(b"not HDF5")
+    assert run_script("learning_curves.py", tmp_path / "run").returncode == 0
+
+
+@pytest.mark.parametrize("script", ["learning_curves.py", "consensus.py"])
+def test_results_are_not_written_through_a_link(script: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "precious").write_text("mine")
+    for name in ("learning-curve.png", "consensus.png"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    done = run_script(script, tmp_path / "run")
+    assert done.returncode == 2 and "is no file of its own" in done.stderr
+    assert (tmp_path / "precious").read_text() == "mine" and not list((tmp_path / "run").glob("*.csv"))
+
+
+@pytest.mark.parametrize("loader", [fuzz.try_checkpoint, fuzz.try_facts, fuzz.try_config])
+def test_damaged_inputs_are_read_or_refused(loader: object) -> None:
+    found = [loader(random.Random(f"test-{number}")) for number in range(3000)]  # type: ignore[operator]
+    # Some damage is to what does not matter; most is not.
+    assert set(found) == {"read", "refused"} and found.count("refused") > 1000
+
+
+def test_damaged_metrics_are_read_or_refused(tmp_path: Path) -> None:
+    found = fuzz.try_files(1, fuzz.whole_file(tmp_path), str(tmp_path))
+    assert len(found) >= fuzz.BATCH and {text.partition(":")[0] for text in found} <= {"read", "refused"}, found
