@@ -5,11 +5,15 @@ Reads files that are still being written, and files whose writer was killed. Nee
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 SCHEMA_VERSION = 1
+DEADLINE_S = 60.0
 TABLES = ("updates", "episodes", "sketches", "neighbours")
 FILE_NAME = re.compile(r"rank-(\d{5})(?:\.(\d+))?\.h5")
 
@@ -83,7 +88,7 @@ class Run:
             for index, segment in enumerate(self.segments):
                 if rank not in segment.files:
                     continue
-                frame = _frame(_open(segment.files[rank], lambda file: _rows(file, name)))
+                frame = _open(segment.files[rank], lambda file: _frame(_rows(file, name)))
                 frame = frame[
                     frame["update"] <= min([later.voids(rank) for later in self.segments[index + 1 :]] or [math.inf])
                 ]
@@ -94,7 +99,8 @@ class Run:
 
     def units(self, table: str) -> dict[str, str]:
         """Column -> unit, from the file."""
-        units: dict[str, str] = json.loads(self.attributes(table)["units"])
+        files = self.segments[0].files
+        units: dict[str, str] = _open(files[min(files)], lambda file: json.loads(file[table].attrs["units"]))
         return units
 
     def attributes(self, table: str) -> dict[str, Any]:
@@ -165,6 +171,8 @@ def _rows(file: h5py.File, name: str) -> np.ndarray:
     table = file[name]
     if not isinstance(table, h5py.Dataset) or table.ndim != 1 or not table.dtype.names or table.dtype.hasobject:
         raise ValueError(f"{name} is no table")
+    if "update" not in table.dtype.names:
+        raise ValueError(f"{name} has no column update")
     if table.external or table.is_virtual:
         raise ValueError(f"{name} takes its rows from other files")
     # Of a file that is being written the length may be known a little before the rows.
@@ -178,12 +186,42 @@ def _open(path: Path, read: Callable[[h5py.File], Any]) -> Any:
     if not path.is_file():
         raise RunError(f"{path}: cannot be read; expected an HDF5 file of a run")
     try:
-        with h5py.File(path, "r", swmr=True, locking=False) as file:
+        if not _left_open(path):
+            with h5py.File(path, "r", locking=False) as file:
+                return read(file)
+        with _deadline(path), h5py.File(path, "r", swmr=True, locking=False) as file:
             return read(file)
     # What h5py raises depends on what is wrong with the file.
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, RecursionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"{path}: cannot be read; expected an HDF5 file of a run ({reason})") from error
+
+
+def _left_open(path: Path) -> bool:
+    """Whether a file is being written, or its writer was killed: by the flags of its superblock (of version 3)."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    return start[:8] == b"\x89HDF\r\n\x1a\n" and len(start) == 12 and start[8] >= 3 and start[11] != 0
+
+
+@contextlib.contextmanager
+def _deadline(path: Path) -> Iterator[None]:
+    """End the program if the block takes longer than DEADLINE_S.
+
+    Of a file that may be written HDF5 reads a damaged part again and again, in hope of a better moment, without an end,
+    and no other thread of Python runs meanwhile: another process must watch it.
+    """
+    watcher = os.fork()
+    if watcher == 0:
+        time.sleep(DEADLINE_S)
+        os.write(2, f"error: {path}: cannot be read within {DEADLINE_S:g} s; expected an undamaged file\n".encode())
+        os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.kill(watcher, signal.SIGKILL)
+        os.waitpid(watcher, 0)
 
 
 def _frame(rows: np.ndarray) -> pd.DataFrame:
@@ -193,7 +231,7 @@ def _frame(rows: np.ndarray) -> pd.DataFrame:
 
 
 def output(folder: Path, name: str) -> Path:
-    """The path of a result. Raises RunError if something else has its name: a link would be followed out of the folder."""
+    """The path of a result. Raises RunError if something else has its name: a link may lead out of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     if path.is_symlink() or (path.exists() and not path.is_file()):

@@ -40,7 +40,7 @@ from gala_mpi.checkpoint import BEST, CheckpointError, CheckpointFolder, ranks_w
 
 RANKS = 4
 FLUSH_S, CHECKPOINT_S = 0.5, 1.0
-ENDS = ("none", "kill one", "kill all", "kill all", "SIGTERM", "SIGINT", "SIGUSR1")
+ENDS = ("none", "kill one", "kill one", "kill all", "kill all", "SIGTERM", "SIGINT", "SIGUSR1")
 DEADLINE_S = 240
 
 
@@ -83,6 +83,7 @@ def examine(run: Path) -> dict[str, Any]:
             except CheckpointError as error:
                 wrong.append(str(error))
     if not any(run.glob("rank-*.h5")):
+        # Killed before it had one.
         return {"wrong": wrong, "lost_s": 0.0, "return": math.nan}
     try:
         found = read_run(run)
@@ -101,9 +102,7 @@ def examine(run: Path) -> dict[str, Any]:
             wrong.append("the learning curve goes back")
         mean = float(data["mean_return"].iloc[-1]) if len(data) else math.nan
     except RunError as error:
-        # A file that was never finished at its start has no row that could be lost.
-        if "unable to open" not in str(error) and "truncated" not in str(error):
-            wrong.append(str(error))
+        wrong.append(str(error))
         mean = math.nan
     return {"wrong": wrong, "lost_s": lost_s, "return": mean}
 
@@ -117,7 +116,7 @@ def one_run(library: str, seed: int, chance: random.Random, note: Any) -> dict[s
             size = RANKS if not starts or chance.random() < 0.8 else chance.choice([1, 2, 3, 5])
             how = chance.choice(ENDS) if len(starts) < 12 else "none"
             process = start(MPIS[library], run, size, seed)
-            after_s = chance.uniform(1, 14)
+            after_s = chance.uniform(1, 8)
             if how != "none":
                 with_end = time.monotonic() + after_s
                 while time.monotonic() < with_end and process.poll() is None:
@@ -130,8 +129,7 @@ def one_run(library: str, seed: int, chance: random.Random, note: Any) -> dict[s
                 code, said = None, f"hang: {hang}"
             found = examine(run) if run.exists() else {"wrong": [], "lost_s": 0.0, "return": math.nan}
             over = code == 0 and "finished" in said
-            expected = {"none": {0}, "kill one": set(range(-64, 256)), "kill all": set(range(-64, 256))}
-            if code not in expected.get(how, {0, 75, 2} | set(range(128, 160)) | set(range(-20, 0))) or code is None:
+            if not as_it_must(how, code, said):
                 found["wrong"].append(f"exit code {code} after {how}: {said[-1500:]}")
             if found["lost_s"] > CHECKPOINT_S + FLUSH_S + 1:
                 found["wrong"].append(f"{found['lost_s']:.1f} s of training lost")
@@ -143,6 +141,16 @@ def one_run(library: str, seed: int, chance: random.Random, note: Any) -> dict[s
                 starts[-1]["wrong"].append("no end after 40 starts")
                 break
     return {"library": library, "seed": seed, "starts": starts, "return": starts[-1]["return"]}
+
+
+def as_it_must(how: str, code: int | None, said: str) -> bool:
+    """Whether a start ended with an exit code that it may have, `how` it was ended."""
+    if code is None:
+        return False
+    if "kill" in how:
+        return True
+    # A run that was over before the signal came; one that was told in time to stop; one that had not begun to listen.
+    return code == 0 or (how != "none" and (code == 75 or "metrics in" not in said))
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -157,7 +165,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "wrong": [text for start in starts for text in start["wrong"]],
         "most_lost_s": max((start["lost_s"] for start in starts), default=0.0),
         "returns": [round(value, 1) for value in ended],
-        "least_return": min(ended, default=None),
+        "solved": sum(value >= 475 for value in ended),
     }
 
 
@@ -192,7 +200,7 @@ def main() -> int:
         scratch.rename(args.out)
     totals = summary(runs)
     print(json.dumps(totals, indent=1))
-    return int(bool(totals["wrong"]) or (totals["least_return"] or 0) < 475)
+    return int(bool(totals["wrong"]) or totals["solved"] < totals["runs"])
 
 
 if __name__ == "__main__":

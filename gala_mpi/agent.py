@@ -44,7 +44,7 @@ from gala_mpi.resume import Resumption, find_checkpoints
 from gala_mpi.rollout import Collector
 from gala_mpi.run_folder import RunInfo
 from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
-from gala_mpi.waiting import Watchdog, wait_until
+from gala_mpi.waiting import StopRequest, Watchdog, wait_until
 from gala_mpi.window import MpiError, library_version
 
 if TYPE_CHECKING:
@@ -56,23 +56,13 @@ STUCK_FILES = "writing metrics or a checkpoint: the file system has not answered
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class StopRequest:
-    """Set from a signal handler, or by an `on_update` callback, to end the run at the next update."""
-
-    reason: str | None = None
-
-    def __call__(self, reason: str) -> None:
-        self.reason = self.reason or reason
-
-
 @dataclass(frozen=True)
 class Summary:
-    """How a rank's training ended. `speaker` is the rank that tells it; `lost`, `diverged` and `failed` list ranks.
+    """How a rank's training ended. `speaker` is the rank that tells it; `lost`, `diverged` and the like list ranks.
 
     `agent_steps` and `updates` are those of this rank, `total_steps` those of all; `new_steps` are without what a run
     that was resumed had before. `profile` has the seconds that the parts of its updates took (see `stopwatch`).
-    `unwritten` says that metrics, or the last checkpoint, could not be written.
+    `unwritten` lists ranks that could not write all metrics, or their last checkpoint.
     """
 
     agent_steps: int
@@ -86,8 +76,8 @@ class Summary:
     lost: list[int]
     diverged: list[int]
     failed: list[int]
+    unwritten: list[int]
     profile: dict[str, float]
-    unwritten: bool
 
 
 class Agent:
@@ -142,8 +132,9 @@ class Agent:
             self._checkpointer.restore(resumption)
         self._steps_before = self._board.total_steps
         # The same instant on all ranks, from which they count; from then on by a clock that is never set back.
+        comm.Barrier()
+        self._zero_s = time.monotonic() - self._begin_s
         self._t0 = comm.bcast(time.time()) - self._begin_s
-        self._zero_s: float = time.monotonic() - (time.time() - self._t0)
         self._recorder = on_all_ranks(comm, lambda: self._make_recorder(info, resumption))
         self._monitor: Monitor | None = None
         self._next_sketch = int(self._begin_s // config.record.sketch_every_s) + (resumption is not None)
@@ -261,7 +252,7 @@ class Agent:
             diverged=self._board.diverged,
             failed=self._board.failed,
             profile=dict(self._stopwatch.seconds),
-            unwritten=not self._all_written or self._checkpointer.failing,
+            unwritten=self._board.unwritten,
         )
 
     def _save(self) -> None:
@@ -306,7 +297,8 @@ class Agent:
 
         with self._limit():
             self._exchange.finish()
-            board.finish(diverged=diverged, failed=failed)
+            unwritten = not self._all_written or self._checkpointer.failing
+            board.finish(diverged=diverged, failed=failed, unwritten=unwritten)
         # As long as others work and are heard: each of them ends, or falls silent and is lost.
         wait_until(all_done, math.inf)
         with self._limit():

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 RECENT_EPISODES = 100
 TELL_EVERY_S = 0.05
-STOP, FINISHED, DIVERGED, FAILED = 1, 2, 4, 8
+STOP, FINISHED, DIVERGED, FAILED, UNWRITTEN = 1, 2, 4, 8, 16
 
 ROW = np.dtype(
     [
@@ -106,6 +106,11 @@ class Board:
         return [int(rank) for rank in np.flatnonzero(self._rows["flags"] & FAILED)]
 
     @property
+    def unwritten(self) -> list[int]:
+        """Ranks that could not write all their metrics, or their last checkpoint, ascending."""
+        return [int(rank) for rank in np.flatnonzero(self._rows["flags"] & UNWRITTEN)]
+
+    @property
     def speaker(self) -> int:
         """The rank that speaks for the run: the lowest that is not lost."""
         return int(np.argmin(self._lost))
@@ -156,9 +161,9 @@ class Board:
             staleness=int(self._rows["staleness"][~self._lost].max(initial=0)),
         )
 
-    def finish(self, *, diverged: bool = False, failed: bool = False) -> None:
-        """Say that this rank is done."""
-        self._mine["flags"] |= FINISHED | (DIVERGED if diverged else 0) | (FAILED if failed else 0)
+    def finish(self, *, diverged: bool = False, failed: bool = False, unwritten: bool = False) -> None:
+        """Say that this rank is done, and how."""
+        self._mine["flags"] |= FINISHED | diverged * DIVERGED | failed * FAILED | unwritten * UNWRITTEN
         self.tell()
 
     @property

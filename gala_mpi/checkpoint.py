@@ -23,7 +23,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from gala_mpi.files import first_line, read_file, write_file
+from gala_mpi.files import first_line, read_file, sync_folder, write_file
 
 FOLDER = "checkpoints"
 FORMAT = 1
@@ -31,7 +31,8 @@ BEST = "best.safetensors"
 RANK = re.compile(r"rank-(\d{5,9})")
 NAME = re.compile(r"segment-(\d{1,9})-update-(\d{1,18})\.safetensors")
 LARGEST_HEADER_BYTES = 16 * 2**20
-LARGEST_COUNT = 2**62
+# Sums of all ranks stay below the greatest integer of the metrics.
+LARGEST_COUNT, MOST_RANKS = 2**43, 2**20
 RECENT_EPISODES = 100
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -51,6 +52,8 @@ class Facts:
     size: int
     update: int
     agent_steps: int
+    total_steps: int
+    """Of all ranks together, as far as this one knew."""
     episodes: int
     time_s: float
     best_return: float
@@ -76,11 +79,11 @@ class Facts:
             raise ValueError(f"the facts are not {', '.join(expected)}")
         _check(values, str, "run_id")
         _check(values, dict, "counters", "seconds", "neighbours", "config")
-        for name in ("segment", "rank", "size", "update", "agent_steps", "episodes"):
+        for name in ("segment", "rank", "size", "update", "agent_steps", "total_steps", "episodes"):
             _check_number(name, values[name], int)
         for name in ("time_s", "best_return"):
             values[name] = _check_number(name, values[name], float)
-        if not 0 <= values["rank"] < values["size"] or not 0 <= values["time_s"] < LARGEST_COUNT:
+        if not 0 <= values["rank"] < values["size"] <= MOST_RANKS or not 0 <= values["time_s"] < LARGEST_COUNT:
             raise ValueError("rank, size or time_s is out of range")
         recent = values["recent"]
         if not isinstance(recent, list) or len(recent) > RECENT_EPISODES:
@@ -96,7 +99,7 @@ class Facts:
             values[name] = {key: _check_number(name, value, float) for key, value in values[name].items()}
         for key, value in values["neighbours"].items():
             _check_number("neighbours", value, int)
-            if not key.isdecimal():
+            if not re.fullmatch(r"[0-9]{1,7}", key):
                 raise ValueError(f"neighbours: {key!r} is no rank")
         return cls(**values)
 
@@ -115,7 +118,11 @@ def _check_number(name: str, value: Any, kind: type) -> Any:
     """The value: an integer from 0 on as `int`, any number (infinite ones and NaN too) as `float`."""
     if kind is int and type(value) is int and 0 <= value <= LARGEST_COUNT:
         return value
-    if kind is float and (type(value) is float or (type(value) is int and abs(value) <= LARGEST_COUNT)):
+    if (
+        kind is float
+        and type(value) in (int, float)
+        and (math.isnan(value) or not LARGEST_COUNT < abs(value) < math.inf)
+    ):
         return value
     raise ValueError(f"{name}: {str(value)[:40]} is out of range")
 
@@ -200,12 +207,16 @@ class CheckpointFolder:
         data = encode(tensors, facts)
         # Not the run's own folder: if that is gone, so is all that a checkpoint belongs to.
         for folder in (self.path.parent, self.path):
-            folder.mkdir(exist_ok=True)
-        write_file(self.path / f"segment-{facts.segment}-update-{facts.update:012d}.safetensors", data)
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                sync_folder(folder.parent)
+        mine = self.path / f"segment-{facts.segment}-update-{facts.update:012d}.safetensors"
+        write_file(mine, data)
+        for path in (*self.newest_first()[self._keep :], *self.path.glob("*.tmp")):
+            if path != mine:
+                path.unlink(missing_ok=True)
         if best:
             write_file(self.path / BEST, data)
-        for path in (*self.newest_first()[self._keep :], *self.path.glob("*.tmp")):
-            path.unlink(missing_ok=True)
 
 
 def ranks_with_checkpoints(run: Path) -> list[int]:

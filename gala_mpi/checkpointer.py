@@ -82,7 +82,9 @@ class Checkpointer:
 
     def save(self, update: int, agent_steps: int, time_s: float) -> None:
         """Write a checkpoint. What cannot be written is a warning, and tried again after the interval."""
-        identity, phase = self._identity, self._identity.rank / self._identity.size
+        identity = self._identity
+        # Ranks in step would each wait for all the others' checkpoints: there all write at once.
+        phase = 0.0 if self._parts.exchange.synchronous else identity.rank / identity.size
         self._next_s = (math.floor(time_s / self._every_s - phase) + 1 + phase) * self._every_s
         mean = sum(pair[1] for pair in self._recent) / max(len(self._recent), 1)
         best = len(self._recent) >= ENOUGH_EPISODES and mean > self._best_return
@@ -91,6 +93,7 @@ class Checkpointer:
             **vars(identity),
             update=update,
             agent_steps=agent_steps,
+            total_steps=max(parts.board.total_steps, agent_steps),
             episodes=self._episodes,
             time_s=time_s,
             best_return=mean if best else self._best_return,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -27,12 +28,12 @@ from gala_mpi.resume import check_changes
 from gala_mpi.run_folder import RunInfo, create_run, discard_run, holds_a_run, reopen_run, run_id_of, saved_config
 from gala_mpi.stopwatch import profile_table
 from gala_mpi.topology import make_topology
-from gala_mpi.waiting import Watchdog
+from gala_mpi.waiting import StopRequest, Watchdog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from gala_mpi.agent import StopRequest, Summary
+    from gala_mpi.agent import Summary
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_LOST, EXIT_DIVERGED, EXIT_UNWRITTEN, EXIT_STOPPED = 1, 2, 3, 4, 5, 75
 GRACE_S = 1.0
@@ -141,14 +142,19 @@ def refuse(error: UsageError) -> int:
 
 
 def _train(args: list[str], comm: MPI.Intracomm) -> int:
-    watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
+    watchdog, stop = Watchdog(f"[{comm.rank}/{comm.size}]"), StopRequest()
+    # From the start on: a job may be preempted before its first update.
+    with _signals(stop):
+        return _train_until(stop, args, comm, watchdog)
+
+
+def _train_until(stop: StopRequest, args: list[str], comm: MPI.Intracomm, watchdog: Watchdog) -> int:
     complaint = f"the start of the run: some rank has not come within {START_WITHIN_S:g} s"
     with watchdog.limit(START_WITHIN_S, complaint):
         config, changes = on_all_ranks(comm, lambda: _read(args, comm.size))
         # Only now: torch takes seconds to import, and a bad setting should be told at once.
-        from gala_mpi.agent import Agent, StopRequest
+        from gala_mpi.agent import Agent
 
-        stop = StopRequest()
         info = reopen_run(config, comm) if config.run.resume else create_run(config, comm)
         try:
             agent = Agent(config, comm, info, watchdog)
@@ -158,8 +164,7 @@ def _train(args: list[str], comm: MPI.Intracomm) -> int:
             raise
     if comm.rank == 0:
         print("\n".join([_banner(config, comm, info), *changes]), flush=True)
-    with _signals(stop):
-        summary = agent.train(stop)
+    summary = agent.train(stop)
     if comm.rank == summary.speaker:
         if config.run.profile:
             print(profile_table(summary.profile, summary.updates))
@@ -211,7 +216,7 @@ def parse(args: list[str]) -> TrainConfig:
     if resume is None:
         before = load_preset(RunConfig.preset if preset is None else preset)
     elif preset is not None:
-        raise ConfigError("preset", preset, "no preset with --resume, which goes on with the run's own settings")
+        before = load_preset(preset)
     else:
         before = saved_config(Path(resume))
         env = before.environment.env
@@ -303,11 +308,17 @@ def _print_once(text: str) -> int:
 
 @contextlib.contextmanager
 def _signals(stop: StopRequest) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 ask for the end; a second one ends the process, whose files are whole at any time."""
+    """SIGINT, SIGTERM and SIGUSR1 ask for the end; another one ends the process, whose files are whole at any time."""
+    asked_at_s = math.inf
 
     def handle(number: int, _frame: object) -> None:
+        nonlocal asked_at_s
         stop(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
+        asked_at_s = min(asked_at_s, time.monotonic())
+        # Launchers may send the same one twice.
+        if time.monotonic() - asked_at_s > GRACE_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     # Ignored by jobs/outlive.sh: MPICH's launcher tells survivors of another's death by it.
@@ -341,7 +352,8 @@ def _farewell(summary: Summary, info: RunInfo) -> str:
     speed = summary.new_steps / max(summary.seconds, 1e-9)
     missed = f"lost ranks: {', '.join(map(str, summary.lost))}\n" if summary.lost else ""
     missed += f"ranks that ended by an error: {', '.join(map(str, summary.failed))}\n" if summary.failed else ""
-    missed += "not all metrics and checkpoints could be written: see the warnings above\n" if summary.unwritten else ""
+    unwritten = ", ".join(map(str, summary.unwritten))
+    missed += f"ranks that could not write all metrics and checkpoints: {unwritten}\n" if unwritten else ""
     missed += f"ranks that diverged: {', '.join(map(str, summary.diverged))}\n" if summary.diverged else ""
     return missed + (
         f"{ended}: {summary.total_steps:,} steps in {summary.seconds:,.1f} s ({speed:,.0f} steps/s), {returns}\n"

@@ -88,6 +88,7 @@ class Simulators:
     def reset(self, seed: int) -> npt.NDArray[Any]:
         """Start a game in every simulator; returns the observations (N, ...)."""
         observations, info = self.env.reset(seed=seed)
+        self._check("observations", observations)
         self._returns[:], self._lengths[:] = 0, 0
         self._resetting[:], self._fire_next[:] = False, False
         self._lives = np.array(info.get("lives", self._lives))
@@ -99,9 +100,9 @@ class Simulators:
         if self._fire_after_life and self._fire_next.any():
             actions = np.where(self._fire_next, FIRE, actions)
         observations, rewards, terminated, truncated, info = self.env.step(actions)
-        self._check("rewards", rewards)
-        if observations.dtype.kind == "f":
-            self._check("observations", observations)
+        learned = (np.sign(rewards) if self._clip_rewards else rewards).astype(np.float32)
+        self._check("rewards", learned)
+        self._check("observations", observations)
         # A row that only resets belongs to no game: neither its reward nor its flags count.
         playing = ~self._resetting
         terminated, truncated = terminated & playing, truncated & ~terminated & playing
@@ -114,11 +115,12 @@ class Simulators:
         if truncated.any():
             source = observations if self._resets_next_step else info["final_obs"]
             final = np.stack([source[row] for row in np.flatnonzero(truncated)])
+            self._check("final observations", final)
         self._resetting = over & self._resets_next_step
         self._fire_next = lost_life & self._fire_after_life
         return Step(
             observations=observations,
-            rewards=(np.sign(rewards) if self._clip_rewards else rewards).astype(np.float32),
+            rewards=learned,
             terminated=terminated | (lost_life & ~over),
             truncated=truncated,
             valid=valid,
@@ -128,8 +130,8 @@ class Simulators:
 
     def _check(self, name: str, values: npt.NDArray[Any]) -> None:
         """Raise SimulatorError if a value is not finite: one such row would make all parameters so."""
-        if not np.isfinite(values).all():
-            row = int(np.flatnonzero(~np.isfinite(values).reshape(self.count, -1).all(1))[0])
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))[0])
             raise SimulatorError(
                 f"simulator {row} of this rank gave {name} that are not finite ({values[row]}): mend the environment"
             )

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -22,6 +23,30 @@ def read_file(path: Path, largest_bytes: int) -> bytes:
 
 def write_file(path: Path, data: bytes) -> None:
     """Give `path` its content at once: it is on the disk before it has the name. Raises OSError."""
+    _write(path, data, lambda scratch: scratch.replace(path))
+
+
+def write_new_file(path: Path, data: bytes) -> None:
+    """The same, of a file that must not be there yet, else FileExistsError."""
+    _write(path, data, lambda scratch: give_new_name(scratch, path))
+
+
+def give_new_name(scratch: Path, path: Path) -> None:
+    """Rename a file to `path`, which must not be there yet, else FileExistsError."""
+    try:
+        os.link(scratch, path)
+    except OSError as error:
+        # Not every file system has links.
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        scratch.rename(path)
+    else:
+        scratch.unlink()
+
+
+def _write(path: Path, data: bytes, name: Callable[[Path], object]) -> None:
     scratch = path.with_name(f"{path.name}.tmp")
     try:
         # What a killed writer left.
@@ -30,16 +55,21 @@ def write_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        scratch.replace(path)
+        name(scratch)
     except BaseException:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def check_room(path: Path, nbytes: int) -> None:

@@ -389,10 +389,11 @@ class Gossip:
         """The newest message of each in-neighbour that has sent one with parameters, and whether it was the last."""
         taken = []
         for neighbour in self.in_neighbours:
+            before = neighbour.dropped
             message = neighbour.take()
+            self.counters.messages_dropped += neighbour.dropped - before
             if message is not None and len(message.payload):
                 taken.append((neighbour, message))
-        self.counters.messages_dropped = sum(neighbour.dropped for neighbour in self.in_neighbours)
         return taken
 
     def _weights(self, taken: Sequence[Taken]) -> list[float]:

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from gala_mpi.config import RecordConfig
-from gala_mpi.files import check_room, first_line
+from gala_mpi.files import check_room, first_line, give_new_name
 from gala_mpi.schema import SCHEMA_VERSION, TABLES
 
 CHUNK_BYTES = 64 * 1024
@@ -46,8 +46,10 @@ class Recorder:
 
     def __init__(self, path: Path, attributes: Mapping[str, Any], config: RecordConfig, seed: int) -> None:
         # Readers on shared file systems often cannot take HDF5's locks, and each file has one writer: no locks.
-        self._file = h5py.File(path, "x", libver=("v110", "v110"), locking=False)
-        self._path, self._place = path, path.stat()
+        # Until readers may follow it, what a killed rank left could not be opened: it has another name till then.
+        scratch = path.with_name(f"{path.name}.tmp")
+        scratch.unlink(missing_ok=True)
+        self._file = h5py.File(scratch, "x", libver=("v110", "v110"), locking=False)
         self._file.attrs["schema"] = SCHEMA_VERSION
         for name, value in attributes.items():
             self._file.attrs[name] = json.dumps(value) if isinstance(value, dict) else value
@@ -65,6 +67,13 @@ class Recorder:
             {"interval_s": config.sketch_every_s, "seed": seed, "dimension": config.sketch_dimension}
         )
         self._file.swmr_mode = True
+        try:
+            give_new_name(scratch, path)
+        except OSError:
+            self._file.close()
+            scratch.unlink(missing_ok=True)
+            raise
+        self._path, self._place = path, path.stat()
         self._flush_every_s = config.flush_every_s
         self._flushed_at_s = time.monotonic()
         self._failing = False

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gala_mpi.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, ranks_with_checkpoints, read
+from gala_mpi.checkpoint import (
+    LARGEST_COUNT,
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    ranks_with_checkpoints,
+    read,
+)
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig, UsageError
 
@@ -28,7 +35,7 @@ MEANING = {
     "budget": "how the budget is shared changes for what is left of it",
     "simulators": "rollouts are of another size, and the learning rate may scale with it",
     "rollout_steps": "rollouts are of another size",
-    "exchange": "ranks share differently from here on; each goes on with its own policy until then",
+    "exchange": "ranks share differently from here on (under allreduce all go on with one rank's policy)",
     "device": "draws of actions begin anew where streams are of another kind",
     "precision": "the network computes in it from here on",
 }
@@ -68,6 +75,7 @@ class _Found:
     size: int
     update: int
     agent_steps: int
+    total_steps: int
     time_s: float
 
 
@@ -109,7 +117,7 @@ def find_checkpoints(
     if source not in found:
         source = present[comm.rank % len(present)]
         warn(f"rank {comm.rank % last.size} left no checkpoint: rank {comm.rank} goes on from that of rank {source}")
-    leader = present[0] if synchronous else source
+    leader = max(present, key=lambda rank: (found[rank].segment, found[rank].update)) if synchronous else source
 
     def load() -> tuple[Checkpoint, Checkpoint]:
         try:
@@ -119,24 +127,40 @@ def find_checkpoints(
             raise UsageError(f"--resume: {error}") from error
 
     checkpoint, learner = on_all_ranks(comm, load)
-    if synchronous:
+    current = {rank: one for rank, one in found.items() if one.segment == last.segment}
+    if synchronous and _was_synchronous(learner):
         steps = [learner.facts.agent_steps * last.size // comm.size] * comm.size
-    elif comm.size == last.size:
-        steps = [found[rank].agent_steps if rank in found else 0 for rank in range(comm.size)]
+        current = dict.fromkeys(range(last.size), found[leader])
     else:
-        steps = [sum(found[rank].agent_steps for rank in present) // comm.size] * comm.size
+        steps = _shares(current, max(one.total_steps for one in found.values()), last.size, comm.size, synchronous)
     return Resumption(
         checkpoint=checkpoint,
         learner=learner,
         own=source == comm.rank,
         size_before=last.size,
         agent_steps=steps,
-        updates=[
-            learner.facts.update if synchronous else found[rank].update if rank in found else 0
-            for rank in range(last.size)
-        ],
-        time_s=max(found[rank].time_s for rank in present),
+        # Of a rank that left none all rows stay: its steps are counted.
+        updates=[current[rank].update if rank in current else LARGEST_COUNT for rank in range(last.size)],
+        time_s=max(one.time_s for one in current.values()),
     )
+
+
+def _shares(found: dict[int, _Found], total: int, before: int, size: int, alike: bool) -> list[int]:
+    """The steps that each rank counts from: its own, if ranks are as before, else equal shares of those of all.
+
+    `found` has checkpoints of the last segment, of `before` ranks; `total` is the most that any rank knew of.
+    """
+    own = {rank: one.agent_steps for rank, one in found.items() if rank < before}
+    total = max(total, sum(own.values()))
+    if size != before or alike:
+        return [total // size] * size
+    rest = (total - sum(own.values())) // max(size - len(own), 1)
+    return [own.get(rank, rest) for rank in range(size)]
+
+
+def _was_synchronous(checkpoint: Checkpoint) -> bool:
+    exchange = checkpoint.facts.config.get("exchange")
+    return isinstance(exchange, dict) and exchange.get("exchange") == "allreduce"
 
 
 def _examine(
@@ -148,7 +172,7 @@ def _examine(
     for rank in ranks:
         try:
             paths = CheckpointFolder(run, rank).newest_first()
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             raise UsageError(f"--resume: {error}") from error
         for path in paths:
             try:
@@ -159,7 +183,8 @@ def _examine(
                 refused += 1
                 warn(str(error))
                 continue
-            found[rank] = _Found(path, facts.segment, facts.size, facts.update, facts.agent_steps, facts.time_s)
+            about = (facts.segment, facts.size, facts.update, facts.agent_steps, facts.total_steps, facts.time_s)
+            found[rank] = _Found(path, *about)
             break
     return found, refused
 

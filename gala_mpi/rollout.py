@@ -91,7 +91,8 @@ class Collector:
         prefix = "simulators."
         saved = {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
         shown = state.get("observations")
-        if shown is None or shown.shape != self._observations.shape:
+        now = self._observations
+        if shown is None or shown.shape != now.shape or torch.from_numpy(shown).dtype != now.dtype:
             return False
         try:
             self._simulators.restore(saved)

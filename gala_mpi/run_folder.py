@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig, read_config
-from gala_mpi.files import first_line, read_file, write_file
+from gala_mpi.files import first_line, read_file, write_new_file
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 RUN_FILE = "run.json"
+OF_A_RUN = (RUN_FILE, "config.toml", "checkpoints")
 LARGEST_BYTES = 2**20
 # Belongs to one start of a run alone.
 LEFT_OUT = ("preset", "out", "resume")
@@ -53,7 +54,7 @@ def config_file(folder: Path, segment: int) -> Path:
 
 def holds_a_run(folder: Path) -> bool:
     """Whether there is something of a run."""
-    return any(folder.glob("rank-*.h5")) or config_file(folder, 0).exists()
+    return any(folder.glob("rank-*.h5")) or any((folder / name).exists() for name in OF_A_RUN)
 
 
 def segments(folder: Path) -> list[int]:
@@ -107,9 +108,9 @@ def _create(config: TrainConfig) -> RunInfo:
     info = RunInfo(out, made, uuid.uuid4().hex, _now(), 0)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_file(out / RUN_FILE, json.dumps({"run_id": info.run_id, "started": info.started}).encode())
-        with config_file(out, 0).open("x", encoding="utf-8") as file:
-            file.write(as_toml(config))
+        write_new_file(config_file(out, 0), as_toml(config).encode())
+        # Last: with it the folder is that of a run.
+        write_new_file(out / RUN_FILE, json.dumps({"run_id": info.run_id, "started": info.started}).encode())
     except OSError as error:
         discard_run(info)
         raise ConfigError(
@@ -124,8 +125,7 @@ def _reopen(config: TrainConfig) -> RunInfo:
     run_id = run_id_of(folder)
     segment = max(segments(folder), default=0) + 1
     try:
-        with config_file(folder, segment).open("x", encoding="utf-8") as file:
-            file.write(as_toml(config))
+        write_new_file(config_file(folder, segment), as_toml(config).encode())
     except FileExistsError as error:
         raise ConfigError("resume", str(folder), "a run that nobody else goes on with just now") from error
     except OSError as error:
@@ -147,11 +147,10 @@ def run_id_of(folder: Path) -> str:
 
 def saved_config(folder: Path) -> TrainConfig:
     """The configuration of the run's last segment. Raises ConfigError if there is none that can be read."""
-    if not folder.is_dir():
-        raise ConfigError("resume", str(folder), A_RUN)
-    numbers = [number for number in segments(folder) if config_file(folder, number).exists()]
-    path = config_file(folder, max(numbers, default=0))
+    path = config_file(folder, 0)
     try:
+        numbers = [number for number in segments(folder) if config_file(folder, number).exists()]
+        path = config_file(folder, max(numbers, default=0))
         text = read_file(path, LARGEST_BYTES).decode()
     except (OSError, ValueError) as error:
         raise ConfigError("resume", str(folder), f"{A_RUN} ({path.name}: {first_line(error)})") from error

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import h5py
@@ -203,9 +204,11 @@ def test_a_second_signal_ends_a_run_at_once_with_files_that_can_be_read(tmp_path
         while process.stdout.readline() != "stuck\n":
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        # At once it may be the same one, passed on twice.
+        for pause_s in (0.3, 1.2):
+            time.sleep(pause_s)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
         process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
     with h5py.File(tmp_path / "run" / "rank-00000.h5", "r", swmr=True, locking=False) as file:
@@ -213,11 +216,11 @@ def test_a_second_signal_ends_a_run_at_once_with_files_that_can_be_read(tmp_path
     assert read(CheckpointFolder(tmp_path / "run", 0).newest_first()[0], 10**8).facts.update == 0
 
 
-def assert_closed(folder: Path, size: int) -> None:
+def assert_closed(folder: Path, size: int, failed: Collection[int] = ()) -> None:
     """A file that its writer did not close refuses to be opened for appending. The checkpoint is of its last moment."""
     for rank in range(size):
         with h5py.File(folder / f"rank-{rank:05d}.h5", "r+") as file:
             last = file["updates"]["update"][-1]
         newest = read(CheckpointFolder(folder, rank).newest_first()[0], 10**8).facts
-        # One that failed has none of the end.
-        assert newest.update == 0 or 0 <= newest.update - last < 10
+        # Rows are of every tenth update. A rank that failed has no checkpoint of its end.
+        assert rank in failed or (newest.update > 0 and 0 <= newest.update - last < 10)

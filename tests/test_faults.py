@@ -83,7 +83,7 @@ def test_a_simulator_that_raises_ends_all_ranks_with_checkpoints(mpi: Mpi, excha
     assert done.returncode == 1, done.stderr
     assert "[2/3] RuntimeError: the simulator broke" in done.stderr
     assert "--resume goes on" in done.stderr and "ranks that ended by an error: 2" in done.stdout
-    assert_closed(run, 3)
+    assert_closed(run, 3, failed={2})
     for rank in range(2):
         # Not only the one of the beginning.
         newest = read(CheckpointFolder(run, rank).newest_first()[0], 10**8)
@@ -108,7 +108,7 @@ def test_what_breaks_one_rank_is_named_and_ends_the_run(
     done = run_faulty(one_mpi, fault, size, run, *LONG)
     assert done.returncode == 1, done.stderr
     assert re.search(rf"\[{size - 1}/{size}\] .*{said}", done.stderr), done.stderr
-    assert_closed(run, size)
+    assert_closed(run, size, failed={size - 1})
 
 
 def test_a_simulator_that_hangs_ends_its_rank_with_its_stack(one_mpi: Mpi, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_disk_that_stays_full_costs_what_could_not_be_written(one_mpi: Mpi, sm
     done = one_mpi.run(2, *TRAIN, *LONG, "--time-limit-s", "12", "--checkpoint-every-s", "0.5", "--out", str(run))
     # It filled what was left by itself.
     assert done.returncode == 5, done.stderr
-    assert "not all metrics and checkpoints could be written" in done.stdout
+    assert "ranks that could not write all metrics and checkpoints: 0, 1" in done.stdout
     for rank in range(2):
         table = updates(run, rank)
         assert len(table) > 0 and table["update"].tolist() == list(range(1, len(table) + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from test_analysis import episode, run_script, write_rank
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fuzz
+
+from gala_mpi.recorder import rank_file
 
 
 def make_run(folder: Path) -> Path:
@@ -49,7 +52,7 @@ def huge(file: h5py.File, dtype: np.dtype) -> None:
 
 
 def huge_row(file: h5py.File, _dtype: np.dtype) -> None:
-    file.create_dataset("episodes", (1,), np.dtype([("update", "<i8", (2**28,))]), chunks=(1,))
+    file.create_dataset("episodes", (1,), np.dtype([("update", "<i8", (2**27,))]), chunks=(1,))
 
 
 def virtual(file: h5py.File, dtype: np.dtype) -> None:
@@ -140,9 +143,27 @@ def test_results_are_not_written_through_a_link(script: str, tmp_path: Path) -> 
 def test_damaged_inputs_are_read_or_refused(loader: object) -> None:
     found = [loader(random.Random(f"test-{number}")) for number in range(3000)]  # type: ignore[operator]
     # Some damage is to what does not matter; most is not.
-    assert set(found) == {"read", "refused"} and found.count("refused") > 1000
+    assert set(found) <= {"read", "refused"} and found.count("refused") > 1000
 
 
 def test_damaged_metrics_are_read_or_refused(tmp_path: Path) -> None:
     found = fuzz.try_files(1, fuzz.whole_file(tmp_path), str(tmp_path))
-    assert len(found) >= fuzz.BATCH and {text.partition(":")[0] for text in found} <= {"read", "refused"}, found
+    kinds = [text.partition(":")[0] for text in found]
+    assert kinds.count("read") > 0 and kinds.count("refused") > 0 and "error" not in kinds, found
+
+
+def test_a_damaged_file_that_its_writer_left_open_does_not_hold_the_reader(tmp_path: Path) -> None:
+    """HDF5 would wait for ever for a writer to mend it."""
+    path = make_run(tmp_path / "run")
+    recorder = write_rank(tmp_path / "other", 0, size=1)
+    open_ones = bytearray(rank_file(tmp_path / "other", 0).read_bytes())
+    # Past the superblock, so that it is opened.
+    for place in range(60, 400):
+        open_ones[place] ^= 0xFF
+    recorder.close()
+    path.write_bytes(open_ones)
+    program = f"import runs; runs.DEADLINE_S = 2.0; from pathlib import Path; runs.read_run(Path({str(path.parent)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "analysis", capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0 and str(path) in done.stderr and "cannot be read" in done.stderr
