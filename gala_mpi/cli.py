@@ -65,7 +65,11 @@ def main() -> NoReturn:
 
 def train(args: list[str]) -> int:
     """Train; returns the exit code. Collective over all ranks of the job."""
-    return under_mpi(lambda comm: _train(args, comm))
+    stop = StopRequest()
+    # From the start on: a job may be preempted before its first update, and others wait in MPI's start for a rank that
+    # an exception ends there.
+    with _signals(stop):
+        return under_mpi(lambda comm: _train(args, comm, stop))
 
 
 def topology(args: list[str]) -> int:
@@ -141,14 +145,8 @@ def refuse(error: UsageError) -> int:
     return EXIT_CONFIG
 
 
-def _train(args: list[str], comm: MPI.Intracomm) -> int:
-    watchdog, stop = Watchdog(f"[{comm.rank}/{comm.size}]"), StopRequest()
-    # From the start on: a job may be preempted before its first update.
-    with _signals(stop):
-        return _train_until(stop, args, comm, watchdog)
-
-
-def _train_until(stop: StopRequest, args: list[str], comm: MPI.Intracomm, watchdog: Watchdog) -> int:
+def _train(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
+    watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
     complaint = f"the start of the run: some rank has not come within {START_WITHIN_S:g} s"
     with watchdog.limit(START_WITHIN_S, complaint):
         config, changes = on_all_ranks(comm, lambda: _read(args, comm.size))

@@ -132,7 +132,7 @@ def find_checkpoints(
         steps = [learner.facts.agent_steps * last.size // comm.size] * comm.size
         current = dict.fromkeys(range(last.size), found[leader])
     else:
-        steps = _shares(current, max(one.total_steps for one in found.values()), last.size, comm.size, synchronous)
+        steps = _shares(current, max(one.total_steps for one in current.values()), last.size, comm.size, synchronous)
     return Resumption(
         checkpoint=checkpoint,
         learner=learner,

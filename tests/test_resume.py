@@ -305,3 +305,36 @@ def test_a_strangers_folder_runs_no_code_and_writes_nowhere_else(one_mpi: Mpi, t
     done = one_mpi.run(1, *TRAIN, "--resume", str(run), "--total-steps", "1280", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert {path for path in tmp_path.rglob("*")} == before
+
+
+def test_a_resize_that_is_killed_between_two_ranks_first_checkpoints_loses_no_steps(
+    one_mpi: Mpi, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    one_mpi.run(2, *CARTPOLE, "--total-steps", "12_800", "--out", str(run))
+    total = sum(newest(run, rank).facts.agent_steps for rank in range(2))
+    resume(one_mpi, run, 4, "--total-steps", "100")
+    # As if ranks 1 and 3 had been killed before they had written: rank 1 still has that of the first segment.
+    for rank in (1, 3):
+        for path in CheckpointFolder(run, rank).newest_first():
+            if path.name.startswith("segment-1-"):
+                path.unlink()
+    said = resume(one_mpi, run, 4, "--total-steps", "101")
+    assert "rank 3 left no checkpoint: rank 3 goes on from that of rank" in said
+    assert total - 4 < sum(newest(run, rank).facts.agent_steps for rank in range(4)) <= total
+    resume(one_mpi, run, 4, "--total-steps", "102", "--exchange", "allreduce")
+    steps = {newest(run, rank).facts.agent_steps for rank in range(4)}
+    assert len(steps) == 1 and total - 8 < 4 * steps.pop() <= total
+
+
+def test_a_configuration_that_could_not_be_written_leaves_the_run_as_it_is(one_mpi: Mpi, tmp_path: Path) -> None:
+    """The folder of the next segment's configuration cannot be written, then can."""
+    run = tmp_path / "run"
+    one_mpi.run(1, *CARTPOLE, "--total-steps", "640", "--gamma", "0.9", "--out", str(run))
+    # The name that is written first is taken by a folder.
+    (run / "config.1.toml.tmp").mkdir()
+    done = one_mpi.run(1, *TRAIN, "--resume", str(run))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (run / "config.1.toml").exists()
+    (run / "config.1.toml.tmp").rmdir()
+    assert "changed: --gamma from 0.9 to 0.8" in resume(one_mpi, run, 1, "--gamma", "0.8")
