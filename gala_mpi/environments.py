@@ -100,7 +100,8 @@ class Simulators:
         if self._fire_after_life and self._fire_next.any():
             actions = np.where(self._fire_next, FIRE, actions)
         observations, rewards, terminated, truncated, info = self.env.step(actions)
-        learned = (np.sign(rewards) if self._clip_rewards else rewards).astype(np.float32)
+        with np.errstate(over="ignore"):
+            learned = (np.sign(rewards) if self._clip_rewards else rewards).astype(np.float32)
         self._check("rewards", learned)
         self._check("observations", observations)
         # A row that only resets belongs to no game: neither its reward nor its flags count.

@@ -94,7 +94,7 @@ def find_checkpoints(
     then. One that cannot be used is named by `warn`, and the one before it taken; raises UsageError, on all ranks, if
     no rank left any that can.
     """
-    before: list[int] = comm.bcast(ranks_with_checkpoints(run) if comm.rank == 0 else None)
+    before: list[int] = comm.bcast(on_all_ranks(comm, lambda: _ranks_before(run) if comm.rank == 0 else []))
 
     def examine(path: Path) -> Checkpoint:
         checkpoint = read(path, largest_bytes)
@@ -161,6 +161,13 @@ def _shares(found: dict[int, _Found], total: int, before: int, size: int, alike:
 def _was_synchronous(checkpoint: Checkpoint) -> bool:
     exchange = checkpoint.facts.config.get("exchange")
     return isinstance(exchange, dict) and exchange.get("exchange") == "allreduce"
+
+
+def _ranks_before(run: Path) -> list[int]:
+    try:
+        return ranks_with_checkpoints(run)
+    except OSError as error:
+        raise ConfigError("resume", str(run), f"a folder that can be read ({error.strerror})") from error
 
 
 def _examine(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scripted import ScriptedEnv, vector
 
 from gala_mpi.config import ConfigError, EnvironmentConfig
-from gala_mpi.environments import Episode, Simulators, Step, check_environment, make_simulators
+from gala_mpi.environments import Episode, SimulatorError, Simulators, Step, check_environment, make_simulators
 
 NEXT, SAME = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 MODES = pytest.mark.parametrize("mode", [NEXT, SAME])
@@ -435,3 +435,33 @@ def test_unknown_tasks_are_refused_before_one_is_made() -> None:
 def test_known_tasks_pass_the_check() -> None:
     for env in ("CartPole-v1", "ALE/Breakout-v5"):
         check_environment(env)
+
+
+@pytest.mark.parametrize("name", ["observations", "rewards", "rewards beyond float32", "final observations", "reset"])
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
+def test_values_that_are_not_finite_are_refused_by_name(mode: AutoresetMode, name: str) -> None:
+    env = vector(mode, LIVES, TRUNCATES)
+    simulators = Simulators(env)
+    reset, step = env.reset, env.step
+
+    def broken_reset(**options: Any) -> Any:
+        observations, info = reset(**options)
+        if name == "reset":
+            observations[1] = np.nan
+        return observations, info
+
+    def broken_step(actions: Any) -> Any:
+        observations, rewards, terminated, truncated, info = step(actions)
+        if name == "observations":
+            observations[1, 0] = np.inf
+        elif name.startswith("rewards"):
+            rewards[1] = -np.inf if name == "rewards" else 1e39
+        elif name == "final observations" and truncated[1]:
+            (observations if mode == AutoresetMode.NEXT_STEP else info["final_obs"][1])[...] = np.nan
+        return observations, rewards, terminated, truncated, info
+
+    env.reset, env.step = broken_reset, broken_step  # type: ignore[method-assign]
+    with pytest.raises(SimulatorError, match=r"simulator \d of this rank gave .* not finite"):
+        simulators.reset(1)
+        for _ in range(20):
+            simulators.step(np.zeros(2, np.int64))

@@ -21,6 +21,7 @@ from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, ranks_with_checkpo
 
 sys.path.insert(0, str(ROOT / "analysis"))
 from learning_curves import curve
+
 from runs import read_run
 
 TRAIN = ("-m", "gala_mpi", "train")
@@ -48,13 +49,27 @@ def resume(mpi: Mpi, run: Path, size: int, *args: str, timeout_s: float = 120) -
     return done.stdout + done.stderr
 
 
+# The last rank asks for the end after an update of a given number.
+STOPS = """
+import sys
+from gala_mpi import agent, cli
+number, train = int(sys.argv.pop(1)), agent.Agent.train
+def stopping(self, stop):
+    last = self._comm.rank == self._comm.size - 1
+    return train(self, stop, lambda update: stop("the test") if last and update == number else None)
+agent.Agent.train = stopping
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("env", ["CartPole-v1", "Acrobot-v1"])
 def test_one_rank_goes_on_to_the_bit(one_mpi: Mpi, env: str, tmp_path: Path) -> None:
-    more = ("--env", env, "--seed", "3")
-    one_mpi.run(1, *CARTPOLE, *more, "--total-steps", "12_800", "--out", str(tmp_path / "whole"))
-    one_mpi.run(1, *CARTPOLE, *more, "--total-steps", "6_400", "--out", str(tmp_path / "parts"))
-    assert newest(tmp_path / "parts", 0).facts.update == 100
-    resume(one_mpi, tmp_path / "parts", 1, "--total-steps", "12_800")
+    """With a learning rate that falls over the seam too."""
+    args = (*CARTPOLE[3:], "--env", env, "--seed", "3", "--total-steps", "12_800", "--learning-rate-decay", "linear")
+    one_mpi.run(1, *TRAIN, *args, "--out", str(tmp_path / "whole"))
+    done = one_mpi.run(1, "-c", STOPS, "77", *args, "--out", str(tmp_path / "parts"))
+    assert done.returncode == 75 and newest(tmp_path / "parts", 0).facts.update == 77, done.stderr
+    resume(one_mpi, tmp_path / "parts", 1)
     assert newest(tmp_path / "whole", 0).facts.update == 200
     assert_same_policies(tmp_path / "whole", tmp_path / "parts", 1)
     whole, parts = read_run(tmp_path / "whole"), read_run(tmp_path / "parts")
@@ -65,10 +80,12 @@ def test_one_rank_goes_on_to_the_bit(one_mpi: Mpi, env: str, tmp_path: Path) -> 
 
 
 def test_all_reduce_goes_on_to_the_bit(mpi: Mpi, tmp_path: Path) -> None:
-    args = (*CARTPOLE, "--exchange", "allreduce")
-    mpi.run(2, *args, "--total-steps", "12_800", "--out", str(tmp_path / "whole"))
-    mpi.run(2, *args, "--total-steps", "6_400", "--out", str(tmp_path / "parts"))
-    resume(mpi, tmp_path / "parts", 2, "--total-steps", "12_800")
+    args = (*CARTPOLE[3:], "--exchange", "allreduce", "--total-steps", "12_800", "--learning-rate-decay", "linear")
+    mpi.run(2, *TRAIN, *args, "--out", str(tmp_path / "whole"))
+    done = mpi.run(2, "-c", STOPS, "40", *args, "--out", str(tmp_path / "parts"))
+    # All end together, an update after one of them asked for it.
+    assert done.returncode == 75 and newest(tmp_path / "parts", 0).facts.update == 41, done.stderr
+    resume(mpi, tmp_path / "parts", 2)
     assert newest(tmp_path / "whole", 0).facts.update == 100
     assert_same_policies(tmp_path / "whole", tmp_path / "parts", 2)
 
