@@ -8,49 +8,48 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from gala_mpi import __version__, _native
 from gala_mpi.board import Board, Overview, board_bytes
-from gala_mpi.checkpoint import CheckpointError, CheckpointFolder
 from gala_mpi.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
 from gala_mpi.collective import on_all_ranks
-from gala_mpi.config import ConfigError, TrainConfig, UsageError
+from gala_mpi.config import TrainConfig
 from gala_mpi.courier import Courier
-from gala_mpi.doctor.findings import FAIL
-from gala_mpi.doctor.preflight import ruinous
-from gala_mpi.environments import Simulators, is_atari, make_simulators
+from gala_mpi.environments import is_atari, make_simulators
 from gala_mpi.exchange import Exchange, make_exchange, window_bytes
 from gala_mpi.gossip import DivergedError
-from gala_mpi.learner import Learner, Losses
+from gala_mpi.learner import Learner
+from gala_mpi.metrics import Metrics, open_recorder
 from gala_mpi.monitor import Monitor
-from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.parameters import FlatParameters
-from gala_mpi.recorder import Recorder, rank_file
+from gala_mpi.preparation import (
+    learning_rate,
+    look_ahead,
+    make_checkpoint_folder,
+    make_generator,
+    make_policy,
+    place,
+    threads_asked_for,
+)
 from gala_mpi.resume import Resumption, find_checkpoints
 from gala_mpi.rollout import Collector
 from gala_mpi.run_folder import RunInfo
-from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
+from gala_mpi.stopwatch import Stopwatch
 from gala_mpi.waiting import StopRequest, Watchdog, wait_until
-from gala_mpi.window import MpiError, library_version
+from gala_mpi.window import MpiError
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
 
-REFERENCE_SIMULATORS = 16
 STUCK = "the end of the run: the MPI library has not returned"
 STUCK_FILES = "writing metrics or a checkpoint: the file system has not answered"
 log = logging.getLogger(__name__)
@@ -88,16 +87,16 @@ class Agent:
 
     def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo, watchdog: Watchdog) -> None:
         self._config, self._comm, self._watchdog = config, comm, watchdog
-        threads, device = on_all_ranks(comm, lambda: _place(comm, config.run.device))
+        threads, device = on_all_ranks(comm, lambda: place(comm, config.run.device))
         if device.type == "cuda":
             # Streams and graphs are those of the current device.
             torch.cuda.set_device(device)
         # The threads of a network for flat observations wait for each other longer than they compute.
-        torch.set_num_threads(_threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
+        torch.set_num_threads(threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
         # One stream for each use: parameters from the seed alone, simulators and actions by rank.
-        shared = np.random.SeedSequence([config.run.seed])
+        shared = make_generator(int(np.random.SeedSequence([config.run.seed]).generate_state(1)[0]))
         self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
-        self._policy = make_policy(config, self._simulators, _generator(int(shared.generate_state(1)[0]))).to(device)
+        self._policy = make_policy(config, self._simulators, shared).to(device)
         self._flat = FlatParameters(self._policy)
         look_ahead(comm, window_bytes(config.exchange, self._flat, comm) + board_bytes(comm.size), info.folder)
         self._timeout_s = config.exchange.neighbour_timeout_s
@@ -109,14 +108,15 @@ class Agent:
         rate = learning_rate(config, comm.size)
         average = self._exchange.average_gradient
         self._learner = Learner(self._flat, config.learner, rate, average, self._stopwatch)
-        folder = on_all_ranks(comm, lambda: _checkpoint_folder(info.folder, comm.rank, config.record.keep_checkpoints))
+        keep = config.record.keep_checkpoints
+        folder = on_all_ranks(comm, lambda: make_checkpoint_folder(info.folder, comm.rank, keep))
         resumption = self._find_checkpoints(info) if info.segment else None
         stream = [config.run.seed, comm.rank]
         if resumption is not None:
             # What cannot go on begins anew, and not with what it began with before.
             stream += [info.segment, resumption.learner.facts.update]
         simulator_seed, action_seed = np.random.SeedSequence(stream).generate_state(2)
-        generator = _generator(int(action_seed), device)
+        generator = make_generator(int(action_seed), device)
         steps = config.learner.rollout_steps
         # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
         seed, dtype = int(simulator_seed) >> 2, getattr(torch, config.learner.precision)
@@ -135,9 +135,10 @@ class Agent:
         comm.Barrier()
         self._zero_s = time.monotonic() - self._begin_s
         self._t0 = comm.bcast(time.time()) - self._begin_s
-        self._recorder = on_all_ranks(comm, lambda: self._make_recorder(info, resumption))
+        about = self._about(info, resumption)
+        self._recorder = on_all_ranks(comm, lambda: open_recorder(config, info, about))
+        self._metrics = Metrics(self._recorder, config, self._flat, self._exchange, self._stopwatch, self._begin_s)
         self._monitor: Monitor | None = None
-        self._next_sketch = int(self._begin_s // config.record.sketch_every_s) + (resumption is not None)
         self._all_written = True
 
     def _find_checkpoints(self, info: RunInfo) -> Resumption | None:
@@ -168,42 +169,21 @@ class Agent:
         """Seconds of training since the run's beginning, those of earlier segments included."""
         return time.monotonic() - self._zero_s
 
-    def _make_recorder(self, info: RunInfo, resumption: Resumption | None) -> Recorder:
-        config, comm = self._config, self._comm
-        packages = ("torch", "mpi4py", "gymnasium", "ale-py", "numpy", "h5py")
-        attributes = {
-            "run_id": info.run_id,
-            "rank": comm.rank,
-            "size": comm.size,
-            "node": platform.node(),
-            "env_id": config.environment.env,
-            "config": config.as_dict(),
-            "mpi_library": library_version(),
-            "segment": info.segment,
-            "versions": {
-                "gala-mpi": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in packages},
-            },
-            "delivery": {str(target): way for target, way in self._exchange.ways.items()},
-            "started": info.started,
-            "t0": self._t0,
-        }
+    def _about(self, info: RunInfo, resumption: Resumption | None) -> dict[str, Any]:
+        """What this rank's file says of it, and of what it went on from."""
+        size = self._comm.size
+        about: dict[str, Any] = {"rank": self._comm.rank, "size": size, "t0": self._t0}
+        about["delivery"] = {str(target): way for target, way in self._exchange.ways.items()}
         if info.segment:
             # Rows of earlier segments after these updates are of training that was lost.
-            attributes["resumed"] = {
+            about["resumed"] = {
                 "time_s": self._begin_s,
                 "update": self._update,
                 "agent_steps": self._agent_steps,
-                "size": resumption.size_before if resumption else comm.size,
-                "updates": resumption.updates if resumption else [0] * comm.size,
+                "size": resumption.size_before if resumption else size,
+                "updates": resumption.updates if resumption else [0] * size,
             }
-        try:
-            path = rank_file(info.folder, comm.rank, info.segment)
-            return Recorder(path, attributes, config.record, config.run.seed)
-        except OSError as error:
-            allowed = f"a folder that {platform.node()} can write ({error})"
-            raise ConfigError("out", str(info.folder), allowed) from error
+        return about
 
     def train(self, stop: StopRequest, on_update: Callable[[int], None] | None = None) -> Summary:
         """Run to the end of the budget, the time limit or a request to stop.
@@ -359,9 +339,7 @@ class Agent:
         self._update += 1
         self._agent_steps += rollout.rewards.numel()
         now_s = self._now_s()
-        for episode in rollout.episodes:
-            row = (now_s, self._update, self._agent_steps, episode.env_index, episode.episode_return, episode.length)
-            self._recorder.append("episodes", row)
+        self._metrics.note_episodes(now_s, self._update, self._agent_steps, rollout.episodes)
         self._checkpointer.note_episodes(rollout.episodes, now_s)
         lap("record")
         self._board.note_episodes(rollout.episodes, now_s)
@@ -372,114 +350,17 @@ class Agent:
                 if exchange.step(self._agent_steps):
                     self._learner.forget()
             except DivergedError:
-                self._record(self._now_s(), losses)
+                self._metrics.note_update(self._now_s(), self._update, self._agent_steps, losses)
                 raise
             lap("exchange")
             self._board.report(self._agent_steps, self._update, counters.staleness)
             lap("status")
         now_s = self._now_s()
         if measure:
-            self._record(now_s, losses)
-        self._record_sketch(now_s)
+            self._metrics.note_update(now_s, self._update, self._agent_steps, losses)
+        self._metrics.sketch_if_due(now_s, self._update)
         with self._watchdog.limit(4 * self._timeout_s, STUCK_FILES):
             self._recorder.flush_if_due()
         lap("record")
         if self._checkpointer.due(self._now_s()):
             self._save()
-
-    def _record(self, now_s: float, losses: Losses) -> None:
-        counters, when = self._exchange.counters, (now_s, self._update)
-        self._recorder.append(
-            "updates",
-            (
-                *when,
-                self._agent_steps,
-                float(losses.policy_loss),
-                float(losses.value_loss),
-                float(losses.entropy),
-                float(losses.grad_norm),
-                float(losses.update_norm),
-                float(losses.explained_variance),
-                self._stopwatch.sum(*ROLLOUT),
-                self._stopwatch.sum(*LEARN),
-                counters.exchange_s,
-                counters.wait_s,
-                counters.messages_sent,
-                counters.messages_mixed,
-                counters.messages_dropped,
-                counters.messages_rejected,
-                counters.divergences,
-                counters.staleness,
-                counters.message_age_s,
-                counters.neighbour_distance,
-            ),
-        )
-        self._recorder.append("profile", (*when, *self._stopwatch.seconds.values()))
-        for n in self._exchange.in_neighbours:
-            self._recorder.append("neighbours", (*when, n.rank, n.staleness, n.message_age_s, n.distance, n.lost))
-
-    def _record_sketch(self, now_s: float) -> None:
-        """Sketch the parameters at the first update after each instant t0 + k * interval, on all ranks alike."""
-        record = self._config.record
-        instant = int(now_s // record.sketch_every_s)
-        if instant >= self._next_sketch:
-            self._next_sketch = instant + 1
-            sketch = np.zeros(record.sketch_dimension, np.float32)
-            squared = _native.sketch(self._flat.host(), sketch, self._config.run.seed)
-            self._recorder.append("sketches", (now_s, self._update, math.sqrt(squared), sketch))
-
-
-def _checkpoint_folder(run: Path, rank: int, keep: int) -> CheckpointFolder:
-    try:
-        return CheckpointFolder(run, rank, keep)
-    except CheckpointError as error:
-        raise UsageError(str(error)) from error
-
-
-def make_policy(config: TrainConfig, simulators: Simulators, generator: torch.Generator) -> Policy:
-    """The network for the task."""
-    if is_atari(config.environment.env):
-        return AtariPolicy(simulators.actions, generator)
-    inputs = math.prod(simulators.observation_shape)
-    return MLPPolicy(inputs, config.learner.hidden, simulators.actions, generator)
-
-
-def look_ahead(comm: Intracomm, nbytes: int, folder: Path) -> None:
-    """Refuse what would ruin the run, and warn of what may. Collective."""
-    for finding in ruinous(comm, nbytes, folder, library_version()):
-        # More ranks than cores are slow, but may be meant.
-        if finding.status == FAIL and not finding.check.startswith("cores."):
-            raise UsageError(f"{finding.message}; what helps: {finding.fix} (gala-mpi doctor tells more)")
-        if comm.rank == 0:
-            log.warning("%s; what helps: %s", finding.message, finding.fix)
-
-
-def learning_rate(config: TrainConfig, size: int) -> float:
-    """The learning rate of a run of `size` ranks."""
-    if config.learner.learning_rate_scaling == "none":
-        return config.learner.learning_rate
-    return config.learner.learning_rate * math.sqrt(config.environment.simulators * size / REFERENCE_SIMULATORS)
-
-
-def _generator(seed: int, device: torch.device | None = None) -> torch.Generator:
-    return torch.Generator(device or "cpu").manual_seed(seed)
-
-
-def _threads_asked_for() -> int:
-    """The first number of OMP_NUM_THREADS, or 0 if it is not set, or to something else."""
-    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(first) if first.isdecimal() else 0
-
-
-def _place(comm: Intracomm, device: str) -> tuple[int, torch.device]:
-    """Threads and device of this rank, shared fairly with the ranks of its node. Collective."""
-    node, mine = platform.node(), frozenset(os.sched_getaffinity(0))
-    placed = comm.allgather((node, mine))
-    sharing = sum(1 for other, cpus in placed if other == node and cpus & mine)
-    local_rank = sum(1 for other, _ in placed[: comm.rank] if other == node)
-    threads = max(len(mine) // sharing, 1)
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return threads, torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("device", device, f"a GPU that torch can use, but there is none on {node}")
-    return threads, torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -33,7 +33,8 @@ ORDER = (
     ),
     *("exchange", "simulator_state", "environments", "networks", "stopwatch", "tape", "rollout", "learner"),
     *("board", "schema", "recorder", "monitor", "checkpoint", "resume", "checkpointer"),
-    *("doctor.findings", "doctor.libraries", "doctor.placement", "doctor.storage", "doctor.preflight", "agent"),
+    *("doctor.findings", "doctor.libraries", "doctor.placement", "doctor.storage", "doctor.preflight"),
+    *("preparation", "metrics", "agent"),
     *("doctor.devices", "doctor.peers", "doctor.links", "doctor.verdicts", "doctor.examination", "doctor.command"),
     *("bench.gloo", "bench.costs", "bench.exchange_cost", "bench.cost_table", "bench.command", "cli", "__main__"),
 )

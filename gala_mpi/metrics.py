@@ -1,0 +1,116 @@
+"""A rank's metrics: which values of its parts go into which row, and what its file says of the run. Local."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from gala_mpi import __version__, _native
+from gala_mpi.config import ConfigError, TrainConfig
+from gala_mpi.environments import Episode
+from gala_mpi.exchange import Exchange
+from gala_mpi.learner import Losses
+from gala_mpi.parameters import FlatParameters
+from gala_mpi.recorder import Recorder, rank_file
+from gala_mpi.run_folder import RunInfo
+from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
+from gala_mpi.window import library_version
+
+PACKAGES = ("torch", "mpi4py", "gymnasium", "ale-py", "numpy", "h5py")
+
+
+def open_recorder(config: TrainConfig, info: RunInfo, about: Mapping[str, Any]) -> Recorder:
+    """The recorder of a new file of `about["rank"]`, with `about` among its attributes.
+
+    Raises ConfigError if the file cannot be made.
+    """
+    attributes = {
+        **about,
+        "run_id": info.run_id,
+        "segment": info.segment,
+        "started": info.started,
+        "node": platform.node(),
+        "env_id": config.environment.env,
+        "config": config.as_dict(),
+        "mpi_library": library_version(),
+        "versions": {
+            "gala-mpi": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+    }
+    try:
+        path = rank_file(info.folder, about["rank"], info.segment)
+        return Recorder(path, attributes, config.record, config.run.seed)
+    except OSError as error:
+        allowed = f"a folder that {platform.node()} can write ({error})"
+        raise ConfigError("out", str(info.folder), allowed) from error
+
+
+class Metrics:
+    """Gives a recorder its rows. Sketches are drawn at the instants after `begin_s` seconds of training."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        config: TrainConfig,
+        flat: FlatParameters,
+        exchange: Exchange,
+        stopwatch: Stopwatch,
+        begin_s: float,
+    ) -> None:
+        self._recorder, self._flat, self._exchange, self._stopwatch = recorder, flat, exchange, stopwatch
+        self._record, self._seed = config.record, config.run.seed
+        self._next_sketch = math.ceil(begin_s / self._record.sketch_every_s)
+
+    def note_episodes(self, time_s: float, update: int, agent_steps: int, episodes: list[Episode]) -> None:
+        """A row for each finished episode."""
+        for episode in episodes:
+            row = (time_s, update, agent_steps, episode.env_index, episode.episode_return, episode.length)
+            self._recorder.append("episodes", row)
+
+    def note_update(self, time_s: float, update: int, agent_steps: int, losses: Losses) -> None:
+        """A row of the update, of the profile and of each in-neighbour."""
+        counters, when = self._exchange.counters, (time_s, update)
+        self._recorder.append(
+            "updates",
+            (
+                *when,
+                agent_steps,
+                float(losses.policy_loss),
+                float(losses.value_loss),
+                float(losses.entropy),
+                float(losses.grad_norm),
+                float(losses.update_norm),
+                float(losses.explained_variance),
+                self._stopwatch.sum(*ROLLOUT),
+                self._stopwatch.sum(*LEARN),
+                counters.exchange_s,
+                counters.wait_s,
+                counters.messages_sent,
+                counters.messages_mixed,
+                counters.messages_dropped,
+                counters.messages_rejected,
+                counters.divergences,
+                counters.staleness,
+                counters.message_age_s,
+                counters.neighbour_distance,
+            ),
+        )
+        self._recorder.append("profile", (*when, *self._stopwatch.seconds.values()))
+        for n in self._exchange.in_neighbours:
+            self._recorder.append("neighbours", (*when, n.rank, n.staleness, n.message_age_s, n.distance, n.lost))
+
+    def sketch_if_due(self, time_s: float, update: int) -> None:
+        """Sketch the parameters at the first update after each instant t0 + k * interval, on all ranks alike."""
+        instant = int(time_s // self._record.sketch_every_s)
+        if instant >= self._next_sketch:
+            self._next_sketch = instant + 1
+            sketch = np.zeros(self._record.sketch_dimension, np.float32)
+            squared = _native.sketch(self._flat.host(), sketch, self._seed)
+            self._recorder.append("sketches", (time_s, update, math.sqrt(squared), sketch))

@@ -1,0 +1,84 @@
+"""What a rank needs before its first update: its place on the node, its policy, and whether the run can be at all."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gala_mpi.checkpoint import CheckpointError, CheckpointFolder
+from gala_mpi.config import ConfigError, TrainConfig, UsageError
+from gala_mpi.doctor.findings import FAIL
+from gala_mpi.doctor.preflight import ruinous
+from gala_mpi.environments import Simulators, is_atari
+from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
+from gala_mpi.window import library_version
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+REFERENCE_SIMULATORS = 16
+log = logging.getLogger(__name__)
+
+
+def make_checkpoint_folder(run: Path, rank: int, keep: int) -> CheckpointFolder:
+    """The folder of a rank's checkpoints. Raises UsageError if it is a link."""
+    try:
+        return CheckpointFolder(run, rank, keep)
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
+
+
+def make_policy(config: TrainConfig, simulators: Simulators, generator: torch.Generator) -> Policy:
+    """The network for the task."""
+    if is_atari(config.environment.env):
+        return AtariPolicy(simulators.actions, generator)
+    inputs = math.prod(simulators.observation_shape)
+    return MLPPolicy(inputs, config.learner.hidden, simulators.actions, generator)
+
+
+def look_ahead(comm: Intracomm, nbytes: int, folder: Path) -> None:
+    """Refuse what would ruin the run, and warn of what may. Collective."""
+    for finding in ruinous(comm, nbytes, folder, library_version()):
+        # More ranks than cores are slow, but may be meant.
+        if finding.status == FAIL and not finding.check.startswith("cores."):
+            raise UsageError(f"{finding.message}; what helps: {finding.fix} (gala-mpi doctor tells more)")
+        if comm.rank == 0:
+            log.warning("%s; what helps: %s", finding.message, finding.fix)
+
+
+def learning_rate(config: TrainConfig, size: int) -> float:
+    """The learning rate of a run of `size` ranks."""
+    if config.learner.learning_rate_scaling == "none":
+        return config.learner.learning_rate
+    return config.learner.learning_rate * math.sqrt(config.environment.simulators * size / REFERENCE_SIMULATORS)
+
+
+def make_generator(seed: int, device: torch.device | None = None) -> torch.Generator:
+    """A stream of random numbers."""
+    return torch.Generator(device or "cpu").manual_seed(seed)
+
+
+def threads_asked_for() -> int:
+    """The first number of OMP_NUM_THREADS, or 0 if it is not set, or to something else."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
+def place(comm: Intracomm, device: str) -> tuple[int, torch.device]:
+    """Threads and device of this rank, shared fairly with the ranks of its node. Collective."""
+    node, mine = platform.node(), frozenset(os.sched_getaffinity(0))
+    placed = comm.allgather((node, mine))
+    sharing = sum(1 for other, cpus in placed if other == node and cpus & mine)
+    local_rank = sum(1 for other, _ in placed[: comm.rank] if other == node)
+    threads = max(len(mine) // sharing, 1)
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return threads, torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device", device, f"a GPU that torch can use, but there is none on {node}")
+    return threads, torch.device("cuda", local_rank % torch.cuda.device_count())
