@@ -180,6 +180,32 @@ def test_a_signal_to_the_launcher_ends_all_with_closed_files(mpi: Mpi, number: s
     assert number != signal.SIGUSR1 or done.returncode == 75, done.stderr
 
 
+def test_a_signal_before_mpi_has_begun_ends_all_before_their_first_update(mpi: Mpi, tmp_path: Path) -> None:
+    """An exception in one rank would leave the others in MPI's start."""
+    run = tmp_path / "run"
+    process = mpi.start(3, *COMMAND, "--total-steps", "1_000_000_000", "--out", str(run))
+    deadline = time.monotonic() + 60
+    rank = None
+    while rank is None or not listens(rank, signal.SIGUSR1):
+        assert time.monotonic() < deadline and process.poll() is None
+        with contextlib.suppress(pytest.fail.Exception):
+            rank = rank_process(process.pid, 1)
+    os.kill(rank, signal.SIGINT)
+    done = finish(process, 60)
+    assert done.returncode == 75, done.stderr
+    assert "stopped" in done.stdout and "KeyboardInterrupt" not in done.stderr
+    for number in range(3):
+        assert read(CheckpointFolder(run, number).newest_first()[0], 10**8).facts.update < 10
+
+
+def listens(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return bool(int(status.partition("SigCgt:\t")[2].split()[0], 16) >> (number - 1) & 1)
+    return False
+
+
 STUCK = """
 import sys, time
 from gala_mpi import cli, rollout
