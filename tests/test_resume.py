@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,19 +15,33 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, Mpi, finish, kill, rank_process
+from conftest import MPIS, ROOT, Mpi, finish, kill, rank_process
 from test_cli import start_long_run
 
-from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, ranks_with_checkpoints, read
+from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, encode, ranks_with_checkpoints, read
 
 sys.path.insert(0, str(ROOT / "analysis"))
 from learning_curves import curve
-
 from runs import read_run
 
 TRAIN = ("-m", "gala_mpi", "train")
 # Every update is 64 steps a rank: T = 8, N = 8.
 CARTPOLE = (*TRAIN, "--preset", "cartpole", "--learning-rate-decay", "none", "--record-every", "1")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 2 ranks with several checkpoints each."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    args = (*CARTPOLE, "--total-steps", "6_400", "--checkpoint-every-s", "0.02", "--out", str(run))
+    assert next(iter(MPIS.values())).run(2, *args).returncode == 0
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def newest(run: Path, rank: int) -> Checkpoint:
@@ -152,12 +167,11 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "then"), [(4, 4), (2, 4)])
-def test_a_curve_over_the_seam_shows_no_dip(one_mpi: Mpi, size: int, then: int, tmp_path: Path) -> None:
+def test_a_curve_over_the_seam_shows_no_dip(one_mpi: Mpi, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = one_mpi.run(size, *TRAIN, "--preset", "cartpole", "--out", str(run), timeout_s=240)
+    done = one_mpi.run(4, *TRAIN, "--preset", "cartpole", "--out", str(run), timeout_s=240)
     assert done.returncode == 0
-    resume(one_mpi, run, then, "--total-steps", "600_000", "--learning-rate", "0.0003", timeout_s=240)
+    resume(one_mpi, run, 4, "--total-steps", "600_000", "--learning-rate", "0.0003", timeout_s=240)
     table = read_run(run).table("episodes").sort_values("time_s")
     before = table[table["segment"] == 0]["episode_return"].iloc[-100:].mean()
     after = table[table["segment"] == 1]["episode_return"].iloc[:100].mean()
@@ -192,11 +206,9 @@ def test_killed_ranks_lose_no_more_than_an_interval(mpi: Mpi, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "how", ["cut off", "a byte changed", "another run's", "a link", "of another rank", "no floats"]
 )
-def test_a_broken_checkpoint_is_named_and_the_one_before_taken(one_mpi: Mpi, how: str, tmp_path: Path) -> None:
-    run, other = tmp_path / "run", tmp_path / "other"
-    args = ("--total-steps", "6_400", "--checkpoint-every-s", "0.02")
-    for folder in (run, other):
-        one_mpi.run(2, *CARTPOLE, *args, "--out", str(folder))
+def test_a_broken_checkpoint_is_named_and_the_one_before_taken(
+    one_mpi: Mpi, how: str, run: Path, tmp_path: Path
+) -> None:
     last, before = CheckpointFolder(run, 1).newest_first()[:2]
     content = last.read_bytes()
     if how == "cut off":
@@ -204,7 +216,8 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_taken(one_mpi: Mpi, how
     elif how == "a byte changed":
         last.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     elif how == "another run's":
-        shutil.copy(CheckpointFolder(other, 1).newest_first()[0], last)
+        checkpoint = read(last, 10**8)
+        last.write_bytes(encode(checkpoint.tensors, dataclasses.replace(checkpoint.facts, run_id="0" * 32)))
     elif how == "of another rank":
         shutil.copy(CheckpointFolder(run, 0).newest_first()[0], last)
     elif how == "no floats":
@@ -221,38 +234,30 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_taken(one_mpi: Mpi, how
 
 def _with_nan(path: Path) -> None:
     """Rewrite a checkpoint with a parameter that is not finite."""
-    from gala_mpi.checkpoint import encode
-
     checkpoint = read(path, 10**8)
     tensors = {name: values.copy() for name, values in checkpoint.tensors.items()}
     next(values for name, values in tensors.items() if name.startswith("parameters.")).flat[0] = np.nan
     path.write_bytes(encode(tensors, checkpoint.facts))
 
 
-def test_a_run_of_which_no_checkpoint_can_be_used_is_refused_and_stays_as_it_is(mpi: Mpi, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    mpi.run(2, *CARTPOLE, "--total-steps", "6_400", "--out", str(run))
+def test_a_run_of_which_no_checkpoint_can_be_used_is_refused_and_stays_as_it_is(mpi: Mpi, run: Path) -> None:
     for rank in ranks_with_checkpoints(run):
         for path in CheckpointFolder(run, rank).newest_first():
             path.write_bytes(b"not any more")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = mpi.run(2, *TRAIN, "--resume", str(run))
     assert done.returncode == 2
-    assert "expected a run with a checkpoint that can be used; all 4 of it cannot" in done.stderr
+    assert re.search(r"expected a run with a checkpoint that can be used; all \d of it cannot", done.stderr)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_rank_that_left_none_takes_another_ranks(one_mpi: Mpi, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    one_mpi.run(3, *CARTPOLE, "--total-steps", "6_400", "--out", str(run))
+def test_a_rank_that_left_none_takes_another_ranks(one_mpi: Mpi, run: Path) -> None:
     shutil.rmtree(CheckpointFolder(run, 1).path)
-    said = resume(one_mpi, run, 3, "--total-steps", "12_800")
-    assert "rank 1 left no checkpoint: rank 1 goes on from that of rank 2" in said
+    said = resume(one_mpi, run, 2, "--total-steps", "12_800")
+    assert "rank 1 left no checkpoint: rank 1 goes on from that of rank 0" in said
 
 
-def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(one_mpi: Mpi, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    one_mpi.run(2, *CARTPOLE, "--total-steps", "6_400", "--out", str(run))
+def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(one_mpi: Mpi, run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     said = resume(one_mpi, run, 2)
     assert "holds no checkpoint yet: the run begins anew" in said
@@ -299,9 +304,10 @@ def test_a_folder_that_holds_no_run_is_refused(one_mpi: Mpi, size: int, tmp_path
 
 
 @pytest.mark.parametrize("trick", ["an import", "a pipe", "a link", "not toml", "checkpoints elsewhere"])
-def test_a_strangers_folder_runs_no_code_and_writes_nowhere_else(one_mpi: Mpi, trick: str, tmp_path: Path) -> None:
-    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    one_mpi.run(1, *CARTPOLE, "--total-steps", "640", "--out", str(run))
+def test_a_strangers_folder_runs_no_code_and_writes_nowhere_else(
+    one_mpi: Mpi, trick: str, run: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     if trick == "an import":
         (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
@@ -324,11 +330,7 @@ def test_a_strangers_folder_runs_no_code_and_writes_nowhere_else(one_mpi: Mpi, t
     assert {path for path in tmp_path.rglob("*")} == before
 
 
-def test_a_resize_that_is_killed_between_two_ranks_first_checkpoints_loses_no_steps(
-    one_mpi: Mpi, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    one_mpi.run(2, *CARTPOLE, "--total-steps", "12_800", "--out", str(run))
+def test_a_resize_that_is_killed_between_two_ranks_first_checkpoints_loses_no_steps(one_mpi: Mpi, run: Path) -> None:
     total = sum(newest(run, rank).facts.agent_steps for rank in range(2))
     resume(one_mpi, run, 4, "--total-steps", "100")
     # As if ranks 1 and 3 had been killed before they had written: rank 1 still has that of the first segment.
