@@ -40,6 +40,7 @@ def test_the_table_gives_milliseconds_an_update_and_shares() -> None:
 @pytest.mark.parametrize("exchange", ["gossip", "allreduce"])
 def test_a_run_tells_where_its_time_went(one_mpi: Mpi, exchange: str, tmp_path: Path) -> None:
     args = ("--preset", "cartpole", "--total-steps", "20_000", "--record-every", "1", "--exchange", exchange)
+    args += ("--checkpoint-every-s", "0.05")
     done = one_mpi.run(2, "-m", "gala_mpi", *args, "--profile", "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert all(f"  {part} " in done.stdout for part in PARTS)
