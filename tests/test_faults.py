@@ -6,8 +6,10 @@ Each fault is injected into one rank of a real run; the others must end, or go o
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +23,8 @@ from conftest import Mpi, finish
 from test_cli import assert_closed
 
 from gala_mpi.checkpoint import CheckpointError, CheckpointFolder, read
-from gala_mpi.recorder import rank_file
+from gala_mpi.config import RecordConfig
+from gala_mpi.recorder import Recorder, rank_file
 
 TRAIN = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--record-every", "1", "--flush-every-s", "0.2")
 LONG = ("--total-steps", "100_000_000")
@@ -224,7 +227,7 @@ def test_a_folder_that_cannot_be_written_any_more_does_not_end_the_run(
     process = start(one_mpi, run, *LONG, "--time-limit-s", "8")
     wait_for_rows(run, 5)
     if how == "removed":
-        run.rename(small_disk / "away")
+        shutil.rmtree(run)
     else:
         # Files that are open for writing stay so: those are written on.
         subprocess.run(["mount", "-o", "bind", str(small_disk), str(small_disk)], check=True)
@@ -236,6 +239,24 @@ def test_a_folder_that_cannot_be_written_any_more_does_not_end_the_run(
         assert re.search(r"rank-0000\d.h5: metrics cannot be written", done.stderr)
     else:
         subprocess.run(["umount", str(small_disk)], check=True)
+
+
+def test_a_quota_that_is_reached_is_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = rank_file(tmp_path, 0)
+    recorder = Recorder(path, {}, RecordConfig(), 1)
+
+    def no_more(_handle: int, _begin: int, _length: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as quota:
+        quota.setattr(os, "posix_fallocate", no_more)
+        for count in range(1, 101):
+            recorder.append("episodes", (0.0, count, count, 0, 1.0, 1))
+            assert not recorder.flush()
+    assert list(tmp_path.iterdir()) == [path]
+    assert recorder.close()
+    with h5py.File(path, "r") as file:
+        assert file["episodes"]["update"].tolist() == list(range(1, 101))
 
 
 WRITER = """
