@@ -157,7 +157,7 @@ class Agent:
                 log.warning("%s holds no checkpoint yet: the run begins anew", info.folder)
             elif resumption.size_before != comm.size:
                 log.warning(
-                    "changed: ranks from %d to %d: rank r goes on from rank r modulo %d; the learning rate is %g now",
+                    "changed: ranks from %d to %d: rank r goes on from rank r modulo %d; learning rate %g (before decay)",
                     resumption.size_before,
                     comm.size,
                     resumption.size_before,
@@ -225,7 +225,7 @@ class Agent:
             total_steps=self._board.total_steps,
             new_steps=self._board.total_steps - self._steps_before,
             seconds=self._now_s() - began_s,
-            stopped=stop.reason or ("another rank stopped" if self._board.stop_requested else None),
+            stopped=stop.reason or ("another rank asked for it" if self._board.stop_requested else None),
             overview=self._board.overview(),
             speaker=self._board.speaker,
             lost=lost,

@@ -166,7 +166,7 @@ def _train(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
     if comm.rank == summary.speaker:
         if config.run.profile:
             print(profile_table(summary.profile, summary.updates))
-        print(_farewell(summary, info), flush=True)
+        print(_farewell(summary, info, config), flush=True)
     code = _exit_code(summary)
     if summary.lost:
         _leave(comm, code, speaks=comm.rank == summary.speaker)
@@ -342,7 +342,7 @@ def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
     )
 
 
-def _farewell(summary: Summary, info: RunInfo) -> str:
+def _farewell(summary: Summary, info: RunInfo, config: TrainConfig) -> str:
     from gala_mpi.monitor import returns_line
 
     returns = returns_line(summary.overview)
@@ -353,7 +353,13 @@ def _farewell(summary: Summary, info: RunInfo) -> str:
     unwritten = ", ".join(map(str, summary.unwritten))
     missed += f"ranks that could not write all metrics and checkpoints: {unwritten}\n" if unwritten else ""
     missed += f"ranks that diverged: {', '.join(map(str, summary.diverged))}\n" if summary.diverged else ""
+    left = config.run.total_steps - summary.total_steps
+    if summary.stopped or left > 0:
+        onward = f"; go on with --resume {info.folder}"
+    else:
+        onward = "" if summary.new_steps else f"; all {config.run.total_steps:,} steps were taken before: --total-steps"
+    steps = f"{summary.total_steps:,} steps" + (f", {summary.new_steps:,} of them" if info.segment else "")
     return missed + (
-        f"{ended}: {summary.total_steps:,} steps in {summary.seconds:,.1f} s ({speed:,.0f} steps/s), {returns}\n"
-        f"metrics in {info.folder}" + (f"; go on with --resume {info.folder}" if summary.stopped else "")
+        f"{ended}: {steps} in {summary.seconds:,.1f} s ({speed:,.0f} steps/s), {returns}\n"
+        f"metrics in {info.folder}{onward}"
     )

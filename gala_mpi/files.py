@@ -72,6 +72,13 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def hdf5_left_open(path: Path) -> bool:
+    """Whether an HDF5 file is being written, or its writer was killed: by the flags of its superblock (version 3)."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    return start[:8] == b"\x89HDF\r\n\x1a\n" and len(start) == 12 and start[8] >= 3 and start[11] != 0
+
+
 def check_room(path: Path, nbytes: int) -> None:
     """Raise OSError if the file system has no room for so many bytes more beside `path`, or takes no file there."""
     scratch = path.with_name(f"{path.name}.room")

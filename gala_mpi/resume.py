@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gala_mpi.checkpoint import (
+    BEST,
     LARGEST_COUNT,
     Checkpoint,
     CheckpointError,
@@ -24,6 +25,7 @@ from gala_mpi.checkpoint import (
 )
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig, UsageError
+from gala_mpi.run_folder import LEFT_OUT
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -38,6 +40,7 @@ MEANING = {
     "exchange": "ranks share differently from here on (under allreduce all go on with one rank's policy)",
     "device": "draws of actions begin anew where streams are of another kind",
     "precision": "the network computes in it from here on",
+    "progress_every_s": "progress is shown by it from here on",
 }
 BY_SECTION = {
     "run": "holds from here on",
@@ -110,7 +113,9 @@ def find_checkpoints(
     if not found and not refused:
         return None
     if not found:
-        raise ConfigError("resume", str(run), f"a run with a checkpoint that can be used; all {refused} of it cannot")
+        raise ConfigError(
+            "resume", str(run), f"a run with a checkpoint that can be used, but none of its {refused} can"
+        )
     last = max(found.values(), key=lambda one: one.segment)
     present = [rank for rank in sorted(found) if rank < last.size]
     source = comm.rank % last.size
@@ -178,9 +183,12 @@ def _examine(
     refused = 0
     for rank in ranks:
         try:
-            paths = CheckpointFolder(run, rank).newest_first()
+            folder = CheckpointFolder(run, rank)
+            # The best one as the last resort.
+            paths = [*folder.newest_first(), *folder.path.glob(BEST)]
         except (CheckpointError, OSError) as error:
             raise UsageError(f"--resume: {error}") from error
+        before = refused
         for path in paths:
             try:
                 facts = examine(path).facts
@@ -192,6 +200,8 @@ def _examine(
                 continue
             about = (facts.segment, facts.size, facts.update, facts.agent_steps, facts.total_steps, facts.time_s)
             found[rank] = _Found(path, *about)
+            if refused > before:
+                warn(f"rank {rank} goes on from {path.name}, of update {facts.update}, instead")
             break
     return found, refused
 
@@ -202,7 +212,7 @@ def check_changes(before: TrainConfig, now: TrainConfig, run: Path) -> list[str]
     for section, old in before.as_dict().items():
         new: dict[str, Any] = now.as_dict()[section]
         for name, value in old.items():
-            if name in ("preset", "out", "resume") or new[name] == value:
+            if name in LEFT_OUT or new[name] == value:
                 continue
             if name in FIXED:
                 raise ConfigError(name, new[name], f"{value!r}, as in the run that goes on in {run}")

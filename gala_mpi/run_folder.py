@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig, read_config
-from gala_mpi.files import first_line, read_file, write_new_file
+from gala_mpi.files import first_line, hdf5_left_open, read_file, write_new_file
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -30,7 +31,7 @@ RUN_FILE = "run.json"
 OF_A_RUN = (RUN_FILE, "config.toml", "checkpoints")
 LARGEST_BYTES = 2**20
 # Belongs to one start of a run alone.
-LEFT_OUT = ("preset", "out", "resume")
+LEFT_OUT = ("preset", "out", "resume", "time_limit_s")
 SEGMENT_OF = re.compile(r"(?:config|rank-\d{5,9})(?:\.(\d{1,9}))?\.(?:toml|h5)")
 A_RUN = "the folder of a run"
 
@@ -125,12 +126,28 @@ def _reopen(config: TrainConfig) -> RunInfo:
     run_id = run_id_of(folder)
     segment = max(segments(folder), default=0) + 1
     try:
+        _check_that_it_ended(folder, config.record.flush_every_s)
         write_new_file(config_file(folder, segment), as_toml(config).encode())
     except FileExistsError as error:
         raise ConfigError("resume", str(folder), "a run that nobody else goes on with just now") from error
     except OSError as error:
         raise ConfigError("resume", str(folder), f"a folder that can be written ({error.strerror})") from error
     return RunInfo(folder.resolve(), [], run_id, _now(), segment)
+
+
+def _check_that_it_ended(folder: Path, flush_every_s: float) -> None:
+    """Raise ConfigError if a rank still writes its metrics. Waits for two flushes if a file was not closed."""
+
+    def seen() -> dict[Path, tuple[int, int]]:
+        found = ((path, path.stat()) for path in folder.glob("rank-*.h5") if hdf5_left_open(path))
+        return {path: (about.st_mtime_ns, about.st_size) for path, about in found}
+
+    before = seen()
+    if before:
+        time.sleep(2 * flush_every_s + 1)
+    for path, about in seen().items():
+        if before.get(path) != about:
+            raise ConfigError("resume", str(folder), f"a run that has ended; {path.name} is still being written")
 
 
 def run_id_of(folder: Path) -> str:

@@ -160,7 +160,7 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
                     assert not np.array_equal(found.tensors[name], values), name
         assert total - size < steps <= total
     said = resume(mpi, run, 3, "--total-steps", "25_600")
-    assert re.search(r"2[56],\d\d\d steps in", said)
+    assert re.search(r"2[56],\d\d\d steps, \d+,?\d* of them in", said)
     curve(read_run(run), 10)
     data = curve(read_run(run), 10)
     assert (np.diff(data["agent_steps"]) >= 0).all() and 25_000 < data["agent_steps"].iloc[-1] < 27_000
@@ -229,7 +229,28 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_taken(
     expected = read(before, 10**8).facts.update
     said = resume(one_mpi, run, 2, "--total-steps", "100")
     assert re.search(rf"WARNING: .*{last.name}: cannot be used: \S", said)
+    assert f"rank 1 goes on from {before.name}, of update {expected}, instead" in said
     assert newest(run, 1).facts.update == expected
+
+
+def test_a_run_that_still_goes_on_is_refused(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_long_run(one_mpi, run, 2)
+    done = one_mpi.run(2, *TRAIN, "--resume", str(run))
+    assert done.returncode == 2 and "expected a run that has ended; rank-0000" in done.stderr, done.stderr
+    assert not (run / "config.1.toml").exists()
+    os.kill(process.pid, signal.SIGUSR1)
+    assert finish(process, 60).returncode == 75
+    resume(one_mpi, run, 2, "--total-steps", "100")
+
+
+def test_a_time_limit_is_of_one_start_and_what_is_left_is_told(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = one_mpi.run(1, *CARTPOLE, "--total-steps", "100_000", "--time-limit-s", "0.1", "--out", str(run))
+    assert done.returncode == 0 and f"; go on with --resume {run}" in done.stdout
+    said = resume(one_mpi, run, 1, "--total-steps", "10_000")
+    assert "time-limit" not in said and re.search(r"finished: 10,\d\d\d steps, ", said) and "go on with" not in said
+    assert "all 10,000 steps were taken before: --total-steps" in resume(one_mpi, run, 1)
 
 
 def _with_nan(path: Path) -> None:
@@ -242,12 +263,12 @@ def _with_nan(path: Path) -> None:
 
 def test_a_run_of_which_no_checkpoint_can_be_used_is_refused_and_stays_as_it_is(mpi: Mpi, run: Path) -> None:
     for rank in ranks_with_checkpoints(run):
-        for path in CheckpointFolder(run, rank).newest_first():
+        for path in CheckpointFolder(run, rank).path.iterdir():
             path.write_bytes(b"not any more")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = mpi.run(2, *TRAIN, "--resume", str(run))
     assert done.returncode == 2
-    assert re.search(r"expected a run with a checkpoint that can be used; all \d of it cannot", done.stderr)
+    assert re.search(r"expected a run with a checkpoint that can be used, but none of its \d can", done.stderr)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
