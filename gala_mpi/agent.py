@@ -157,7 +157,8 @@ class Agent:
                 log.warning("%s holds no checkpoint yet: the run begins anew", info.folder)
             elif resumption.size_before != comm.size:
                 log.warning(
-                    "changed: ranks from %d to %d: rank r goes on from rank r modulo %d; learning rate %g (before decay)",
+                    "changed: ranks from %d to %d: rank r goes on from rank r modulo %d; "
+                    "learning rate %g (before decay)",
                     resumption.size_before,
                     comm.size,
                     resumption.size_before,
