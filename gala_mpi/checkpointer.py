@@ -124,19 +124,20 @@ class Checkpointer:
             found |= {prefix + name: value.numpy() for name, value in named.items()}
         return found | parts.collector.state()
 
-    def restore(self, resumption: Resumption) -> bool:
-        """Give the parts the state that they go on from; whether the simulators go on too."""
+    def restore(self, resumption: Resumption) -> None:
+        """Give the parts the state that they go on from. Only what was this rank's own goes on in full."""
         parts, facts, learner = self._parts, resumption.checkpoint.facts, resumption.learner
         for prefix, values in ((PARAMETERS, parts.flat.data), (MEAN_SQUARE, parts.learner.mean_square)):
             for name, view in parts.flat.by_name(values).items():
                 view.copy_(torch.from_numpy(learner.tensors[prefix + name]))
-        rank = self._identity.rank
-        parts.board.go_on_from(resumption.agent_steps, learner.facts.update, 0)
+        # Those that are kept are noted below.
+        episodes = max(facts.episodes - len(facts.recent), 0) if resumption.own else 0
+        parts.board.go_on_from(resumption.agent_steps, learner.facts.update, episodes)
         neighbours = {int(other): update for other, update in facts.neighbours.items()}
         parts.exchange.go_on_from(learner.facts.update, neighbours if resumption.own else {})
         self._best_return = facts.best_return
         if not resumption.own:
-            return False
+            return
         counters = parts.exchange.counters
         for field in dataclasses.fields(counters):
             # Integers stay integers.
@@ -145,10 +146,9 @@ class Checkpointer:
         parts.stopwatch.seconds.update({p: s for p, s in facts.seconds.items() if p in parts.stopwatch.seconds})
         self._episodes = facts.episodes
         self._recent.extend(facts.recent)
-        parts.board.go_on_from(resumption.agent_steps, learner.facts.update, max(facts.episodes - len(facts.recent), 0))
         for time_s, episode_return in facts.recent:
-            parts.board.note_episodes([Episode(rank, episode_return, 0)], time_s)
-        return parts.collector.restore(resumption.checkpoint.tensors)
+            parts.board.note_episodes([Episode(0, episode_return, 0)], time_s)
+        parts.collector.restore(resumption.checkpoint.tensors)
 
 
 def expect(flat: FlatParameters, run_id: str, checkpoint: Checkpoint) -> None:

@@ -17,6 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from gala_mpi import simulator_state
 from gala_mpi.config import ConfigError, EnvironmentConfig
+from gala_mpi.files import first_line
 
 Bools = npt.NDArray[np.bool_]
 FIRE = 1
@@ -193,7 +194,7 @@ def check_environment(env: str) -> None:
         gymnasium.spec(env)
     except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise ConfigError(
-            "env", env, f"a Gymnasium id such as ALE/Pong-v5 or CartPole-v1 ({_first_line(error)})"
+            "env", env, f"a Gymnasium id such as ALE/Pong-v5 or CartPole-v1 ({first_line(error)})"
         ) from error
 
 
@@ -214,7 +215,7 @@ def make_simulators(config: EnvironmentConfig, threads: int) -> Simulators:
             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
         )
     except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise ConfigError("env", config.env, f"an environment that can be made ({_first_line(error)})") from error
+        raise ConfigError("env", config.env, f"an environment that can be made ({first_line(error)})") from error
     observations, actions = vector_env.single_observation_space, vector_env.single_action_space
     if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
         raise ConfigError("env", config.env, f"a task with Discrete actions from 0, not {actions}")
@@ -258,7 +259,3 @@ def _atari_game(env: str) -> str:
     if spec is None or spec.kwargs.get("obs_type") == "ram":
         raise ConfigError("env", env, "a known game such as ALE/Pong-v5 or ALE/SpaceInvaders-v5")
     return str(spec.kwargs["game"])
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
