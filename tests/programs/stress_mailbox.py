@@ -4,8 +4,8 @@ Every rank sends and receives at once, and checks every message that it takes:
 
     whole       all elements encode the link and the update that the header names, at the size that belongs to it
     ordered     updates strictly increase
-    newest      a message, or the one held, is at least as new as what its sender announced before the poll;
-                after a barrier it is the sender's very last
+    newest      a message, or the one held, is at least as new as what its sender announced before the poll, or else
+                the one that its seal holds back is; after a barrier it is the sender's very last
     held        what was taken stays as it is until the next take
     last        only the sender's final message says so
     wait-free   a post does not wait for the one before it
@@ -158,16 +158,18 @@ class Receiver:
         self._check_payload("held")
         announced = self._window.load(self._window.rank, self._announced)
         fresh = self.inbox.fresh()
-        message = self.inbox.take()
-        if fresh and message is None:
-            self.held = None  # its slot is given up for one that has not wholly arrived
+        message = self.inbox.take() if fresh else None
         if message is not None:
             self._check_header(message, last)
             self.most_skipped = max(self.most_skipped, message.update - self.update - 1)
             self.held, self.update = message, message.update
             self.taken += 1
             self._check_payload("whole")
-        if self.update < announced:
+        newest = self.update
+        if fresh and message is None:
+            # A later one was published, and has not wholly arrived: the slot of the one held is given up for it.
+            self.held, newest = None, self.inbox._number
+        if newest < announced:
             raise Violation(f"newest: holds update {self.update}, {announced} was announced; {self._name()}")
         return message is not None
 
