@@ -16,8 +16,8 @@ from gala_mpi.environments import Episode
 from gala_mpi.exchange import Exchange
 from gala_mpi.learner import Losses
 from gala_mpi.parameters import FlatParameters
-from gala_mpi.recorder import Recorder, rank_file
-from gala_mpi.run_folder import RunInfo
+from gala_mpi.recorder import Recorder
+from gala_mpi.run_folder import RunInfo, rank_file
 from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
 from gala_mpi.window import library_version
 

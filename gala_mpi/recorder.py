@@ -29,11 +29,6 @@ ROOM_BYTES = 64 * 1024
 log = logging.getLogger(__name__)
 
 
-def rank_file(folder: Path, rank: int, segment: int = 0) -> Path:
-    """The file of a rank in a run's folder; each start of the run, a segment, writes its own."""
-    return folder / (f"rank-{rank:05d}.{segment}.h5" if segment else f"rank-{rank:05d}.h5")
-
-
 class Recorder:
     """Writes the tables of `schema` to a new file at `path`. Local.
 

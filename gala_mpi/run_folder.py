@@ -53,6 +53,11 @@ def config_file(folder: Path, segment: int) -> Path:
     return folder / (f"config.{segment}.toml" if segment else "config.toml")
 
 
+def rank_file(folder: Path, rank: int, segment: int = 0) -> Path:
+    """The metrics of a rank and segment."""
+    return folder / (f"rank-{rank:05d}.{segment}.h5" if segment else f"rank-{rank:05d}.h5")
+
+
 def holds_a_run(folder: Path) -> bool:
     """Whether there is something of a run."""
     return any(folder.glob("rank-*.h5")) or any((folder / name).exists() for name in OF_A_RUN)
@@ -124,9 +129,10 @@ def _reopen(config: TrainConfig) -> RunInfo:
     folder = config.run.resume
     assert folder is not None
     run_id = run_id_of(folder)
-    segment = max(segments(folder), default=0) + 1
+    last = max(segments(folder), default=0)
+    segment = last + 1
     try:
-        _check_that_it_ended(folder, config.record.flush_every_s)
+        _check_that_it_ended(folder, last, config.record.flush_every_s)
         write_new_file(config_file(folder, segment), as_toml(config).encode())
     except FileExistsError as error:
         raise ConfigError("resume", str(folder), "a run that nobody else goes on with just now") from error
@@ -135,15 +141,18 @@ def _reopen(config: TrainConfig) -> RunInfo:
     return RunInfo(folder.resolve(), [], run_id, _now(), segment)
 
 
-def _check_that_it_ended(folder: Path, flush_every_s: float) -> None:
-    """Raise ConfigError if a rank still writes its metrics. Waits for two flushes if a file was not closed."""
+def _check_that_it_ended(folder: Path, last: int, flush_every_s: float) -> None:
+    """Raise ConfigError if a rank still writes its metrics. Waits for two flushes if a file was not closed.
+
+    So it does if segment `last` was begun, and has no file yet: its ranks may still be setting up.
+    """
 
     def seen() -> dict[Path, tuple[int, int]]:
         found = ((path, path.stat()) for path in folder.glob("rank-*.h5") if hdf5_left_open(path))
         return {path: (about.st_mtime_ns, about.st_size) for path, about in found}
 
     before = seen()
-    if before:
+    if before or not rank_file(folder, 0, last).exists():
         time.sleep(2 * flush_every_s + 1)
     for path, about in seen().items():
         if before.get(path) != about:

@@ -238,7 +238,8 @@ import numpy as np
 from dataclasses import replace
 from gala_mpi.checkpoint import CheckpointFolder, read
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder, rank_file
+from gala_mpi.recorder import Recorder
+from gala_mpi.run_folder import rank_file
 run, segment = Path(sys.argv[1]), int(sys.argv[2])
 facts = replace(read(run / "facts.safetensors", 10**6).facts, segment=segment)
 recorder = Recorder(rank_file(run, 0, segment), {"segment": segment}, RecordConfig(), 1)
@@ -259,7 +260,7 @@ def test_killed_a_hundred_times_at_random_instants_all_files_can_be_read(tmp_pat
     """What a line on the pipe said was done is there: rows and checkpoint of that number, or of a later one."""
     import h5py
 
-    from gala_mpi.recorder import rank_file
+    from gala_mpi.run_folder import rank_file
 
     program = tmp_path / "writer.py"
     program.write_text(WRITER)

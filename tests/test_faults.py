@@ -24,7 +24,8 @@ from test_cli import assert_closed
 
 from gala_mpi.checkpoint import CheckpointError, CheckpointFolder, read
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder, rank_file
+from gala_mpi.recorder import Recorder
+from gala_mpi.run_folder import rank_file
 
 TRAIN = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--record-every", "1", "--flush-every-s", "0.2")
 LONG = ("--total-steps", "100_000_000")

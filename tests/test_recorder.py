@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder, rank_file
+from gala_mpi.recorder import Recorder
+from gala_mpi.run_folder import rank_file
 from gala_mpi.schema import TABLES
 
 WRITER = """

@@ -19,6 +19,9 @@ from conftest import MPIS, ROOT, Mpi, finish, kill, rank_process
 from test_cli import start_long_run
 
 from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, encode, ranks_with_checkpoints, read
+from gala_mpi.config import ConfigError
+from gala_mpi.recorder import Recorder
+from gala_mpi.run_folder import _reopen, rank_file, saved_config
 
 sys.path.insert(0, str(ROOT / "analysis"))
 from learning_curves import curve
@@ -242,6 +245,28 @@ def test_a_run_that_still_goes_on_is_refused(one_mpi: Mpi, tmp_path: Path) -> No
     os.kill(process.pid, signal.SIGUSR1)
     assert finish(process, 60).returncode == 75
     resume(one_mpi, run, 2, "--total-steps", "100")
+
+
+def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other has made its configuration, and no metrics yet: it is given the time to."""
+    config = saved_config(run)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=run))
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    assert _reopen(config).segment == 1 and not waits
+    assert _reopen(config).segment == 2 and waits == [2 * config.record.flush_every_s + 1]
+    other = rank_file(run, 0, 2)
+    writing: list[Recorder] = []
+    monkeypatch.setattr(time, "sleep", lambda _: writing.append(Recorder(other, {}, config.record, 1)))
+    with pytest.raises(ConfigError, match=f"expected a run that has ended; {other.name} is still being written"):
+        _reopen(config)
+    writing[0].close()
+    # Both have found the same number free.
+    monkeypatch.setattr(time, "sleep", lambda _: (run / "config.3.toml").write_text(""))
+    other.unlink()
+    with pytest.raises(ConfigError, match="expected a run that nobody else goes on with just now"):
+        _reopen(config)
+    assert (run / "config.3.toml").read_text() == ""
 
 
 def test_a_time_limit_is_of_one_start_and_what_is_left_is_told(one_mpi: Mpi, tmp_path: Path) -> None:
