@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,7 +28,7 @@ from gala_mpi.environments import check_environment
 from gala_mpi.resume import check_changes
 from gala_mpi.run_folder import RunInfo, create_run, discard_run, holds_a_run, reopen_run, run_id_of, saved_config
 from gala_mpi.stopwatch import profile_table
-from gala_mpi.topology import make_topology
+from gala_mpi.topology import TOPOLOGIES, make_topology
 from gala_mpi.waiting import StopRequest, Watchdog
 
 if TYPE_CHECKING:
@@ -236,8 +237,14 @@ def _option(args: list[str], name: str) -> str | None:
 
 
 def check(config: TrainConfig, size: int) -> TrainConfig:
-    """The configuration, if `size` ranks can run it as far as can be told before anything is made."""
-    make_topology(config.exchange.topology, size)
+    """The configuration, if `size` ranks can run it as far as can be told before anything is made.
+
+    It names an edge list wherever the run may go on from.
+    """
+    name = config.exchange.topology
+    make_topology(name, size)
+    if name not in TOPOLOGIES:
+        config = replace(config, exchange=replace(config.exchange, topology=str(Path(name).absolute())))
     check_environment(config.environment.env)
     out, resume = config.record.out, config.run.resume
     if out is not None and resume is not None:

@@ -376,6 +376,14 @@ def test_a_strangers_folder_runs_no_code_and_writes_nowhere_else(
     assert {path for path in tmp_path.rglob("*")} == before
 
 
+def test_an_edge_list_is_found_from_elsewhere(one_mpi: Mpi, tmp_path: Path) -> None:
+    (tmp_path / "edges.txt").write_text("0 1 0.25\n1 0 0.25\n")
+    args = (*CARTPOLE, "--total-steps", "1280", "--topology", "edges.txt", "--out", "run")
+    assert one_mpi.run(2, *args, cwd=tmp_path).returncode == 0
+    assert "changed: --topology" not in resume(one_mpi, tmp_path / "run", 2, "--topology", str(tmp_path / "edges.txt"))
+    resume(one_mpi, tmp_path / "run", 2, "--total-steps", "1920")
+
+
 def test_a_resize_that_is_killed_between_two_ranks_first_checkpoints_loses_no_steps(one_mpi: Mpi, run: Path) -> None:
     total = sum(newest(run, rank).facts.agent_steps for rank in range(2))
     resume(one_mpi, run, 4, "--total-steps", "100")
