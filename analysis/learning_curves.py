@@ -5,7 +5,8 @@
 
 Writes learning-curve.png and learning-curve.csv to --out (by default the first run's folder). Columns of the CSV:
 run, time_s (since the run's t0), agent_steps (all ranks together), episodes (finished so far), episode_return (of
-this one), mean_return (over the last --window of all ranks), episodes_in_window (fewer at the start).
+this one), mean_return (over the last --window of all ranks), episodes_in_window (fewer at the start). Dotted lines
+in the drawing mark where a run was resumed.
 """
 
 from __future__ import annotations
@@ -63,12 +64,22 @@ def curve(run: Run, window: int) -> pd.DataFrame:
     )
 
 
+def seams(run: Run) -> pd.DataFrame:
+    """Where the run was resumed: columns time_s and agent_steps, as in `curve`, one row a segment that went on."""
+    time_s = np.array([segment.resumed["time_s"] for segment in run.segments if segment.resumed], float)
+    return pd.DataFrame({"time_s": time_s, "agent_steps": np.round(total_steps(run, time_s)).astype(np.int64)})
+
+
 def draw(curves: list[pd.DataFrame], runs: list[Run], x: str, window: int, path: Path) -> None:
     """Draw the curves, with the single episodes behind them."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=150, layout="constrained")
     for index, (data, run) in enumerate(zip(curves, runs, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
-        along = data["agent_steps"] / 1e6 if x == "steps" else data["time_s"] / 60
+        along, resumed = (
+            table["agent_steps"] / 1e6 if x == "steps" else table["time_s"] / 60 for table in (data, seams(run))
+        )
+        for place in resumed:
+            axes.axvline(place, color=colour, linewidth=0.8, linestyle=":")
         axes.plot(along, data["episode_return"], ".", color=colour, alpha=0.15, markersize=3, markeredgewidth=0)
         axes.plot(along, data["mean_return"], color=colour, linewidth=1.8, label=run.folder.resolve().name)
     axes.set_xlabel("agent steps of all ranks (millions)" if x == "steps" else "time (minutes)")

@@ -24,7 +24,7 @@ from gala_mpi.recorder import Recorder
 from gala_mpi.run_folder import _reopen, rank_file, saved_config
 
 sys.path.insert(0, str(ROOT / "analysis"))
-from learning_curves import curve
+from learning_curves import curve, seams
 from runs import read_run
 
 TRAIN = ("-m", "gala_mpi", "train")
@@ -164,9 +164,11 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
         assert total - size < steps <= total
     said = resume(mpi, run, 3, "--total-steps", "25_600")
     assert re.search(r"2[56],\d\d\d steps, \d+,?\d* of them in", said)
-    curve(read_run(run), 10)
     data = curve(read_run(run), 10)
     assert (np.diff(data["agent_steps"]) >= 0).all() and 25_000 < data["agent_steps"].iloc[-1] < 27_000
+    marks = seams(read_run(run))
+    assert (np.diff(marks["time_s"]) >= 0).all() and marks["agent_steps"].between(12_800 - 4, 12_800 + 64 * 4).all()
+    assert len(marks) == 4
 
 
 @pytest.mark.slow
