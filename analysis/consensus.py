@@ -20,7 +20,7 @@ import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from runs import Run, output, read_run, run_script
+from runs import Run, output, plain, read_run, run_script
 
 COLUMNS = ["instant", "time_s", "ranks", "rank", "update", "distance_to_mean", "relative_distance", "mean_norm"]
 
@@ -66,7 +66,7 @@ def draw(data: pd.DataFrame, run: Run, path: Path) -> None:
             )
         axes.legend(frameon=False)
     error = np.sqrt(2 / int(run.attributes("sketches")["dimension"]))
-    axes.set_title(f"{run.env_id}, {run.size} ranks: consensus distance (squared: standard error {error:.1%})")
+    axes.set_title(f"{plain(run.env_id)}, {run.size} ranks: consensus distance (squared: standard error {error:.1%})")
     axes.set_xlabel("time (minutes)")
     axes.set_ylabel("distance of parameters to the mean of all ranks")
     axes.set_ylim(bottom=0)

@@ -20,7 +20,7 @@ import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from runs import Run, output, read_run, run_script
+from runs import Run, output, plain, read_run, run_script
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -81,10 +81,10 @@ def draw(curves: list[pd.DataFrame], runs: list[Run], x: str, window: int, path:
         for place in resumed:
             axes.axvline(place, color=colour, linewidth=0.8, linestyle=":")
         axes.plot(along, data["episode_return"], ".", color=colour, alpha=0.15, markersize=3, markeredgewidth=0)
-        axes.plot(along, data["mean_return"], color=colour, linewidth=1.8, label=run.folder.resolve().name)
+        axes.plot(along, data["mean_return"], color=colour, linewidth=1.8, label=plain(run.folder.resolve().name))
     axes.set_xlabel("agent steps of all ranks (millions)" if x == "steps" else "time (minutes)")
     axes.set_ylabel(f"episode return ({runs[0].units('episodes')['episode_return']})")
-    tasks = ", ".join(sorted({f"{run.env_id}, {run.size} rank{'s' if run.size > 1 else ''}" for run in runs}))
+    tasks = ", ".join(sorted({f"{plain(run.env_id)}, {run.size} rank{'s' if run.size > 1 else ''}" for run in runs}))
     axes.set_title(f"{tasks}: mean of the last {window} episodes")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

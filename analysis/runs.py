@@ -25,6 +25,13 @@ import pandas as pd
 SCHEMA_VERSION = 1
 DEADLINE_S = 60.0
 TABLES = ("updates", "episodes", "sketches", "neighbours")
+# What the scripts cannot do without.
+COLUMNS = {
+    "updates": ("time_s", "update", "agent_steps"),
+    "episodes": ("time_s", "update", "agent_steps", "episode_return"),
+    "sketches": ("time_s", "update", "sketch"),
+    "neighbours": ("time_s", "update", "rank"),
+}
 FILE_NAME = re.compile(r"rank-(\d{5})(?:\.(\d+))?\.h5")
 
 
@@ -171,8 +178,9 @@ def _rows(file: h5py.File, name: str) -> np.ndarray:
     table = file[name]
     if not isinstance(table, h5py.Dataset) or table.ndim != 1 or not table.dtype.names or table.dtype.hasobject:
         raise ValueError(f"{name} is no table")
-    if "update" not in table.dtype.names:
-        raise ValueError(f"{name} has no column update")
+    missing = set(COLUMNS.get(name, ("update",))) - set(table.dtype.names)
+    if missing:
+        raise ValueError(f"{name} has no column {', '.join(sorted(missing))}")
     if table.external or table.is_virtual:
         raise ValueError(f"{name} takes its rows from other files")
     # Of a file that is being written the length may be known a little before the rows.
@@ -211,11 +219,16 @@ def _deadline(path: Path) -> Iterator[None]:
     Of a file that may be written HDF5 reads a damaged part again and again, in hope of a better moment, without an end,
     and no other thread of Python runs meanwhile: another process must watch it.
     """
+    reader, until_s = os.getpid(), time.monotonic() + DEADLINE_S
     watcher = os.fork()
     if watcher == 0:
-        time.sleep(DEADLINE_S)
-        os.write(2, f"error: {path}: cannot be read within {DEADLINE_S:g} s; expected an undamaged file\n".encode())
-        os.kill(os.getppid(), signal.SIGKILL)
+        # Who has ended meanwhile needs no watcher, and another process has its place.
+        while os.getppid() == reader:
+            if time.monotonic() > until_s:
+                complaint = f"error: {path}: cannot be read within {DEADLINE_S:g} s; expected an undamaged file\n"
+                os.write(2, complaint.encode())
+                os.kill(reader, signal.SIGKILL)
+            time.sleep(0.05)
         os._exit(0)
     try:
         yield
@@ -228,6 +241,11 @@ def _frame(rows: np.ndarray) -> pd.DataFrame:
     """A structured array as a data frame; vectors become one object a row."""
     columns = {name: list(rows[name]) if rows[name].ndim > 1 else rows[name] for name in rows.dtype.names or ()}
     return pd.DataFrame(columns)
+
+
+def plain(text: str) -> str:
+    """A text as it is, for a drawing, where $ would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def output(folder: Path, name: str) -> Path:

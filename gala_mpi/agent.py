@@ -28,6 +28,7 @@ from gala_mpi.environments import is_atari, make_simulators
 from gala_mpi.exchange import Exchange, make_exchange, window_bytes
 from gala_mpi.gossip import DivergedError
 from gala_mpi.learner import Learner
+from gala_mpi.lease import Lease
 from gala_mpi.metrics import Metrics, open_recorder
 from gala_mpi.monitor import Monitor
 from gala_mpi.parameters import FlatParameters
@@ -85,8 +86,8 @@ class Agent:
     Raises UsageError, on all ranks, if the run cannot be, or a file of it cannot be made.
     """
 
-    def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo, watchdog: Watchdog) -> None:
-        self._config, self._comm, self._watchdog = config, comm, watchdog
+    def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease, watchdog: Watchdog) -> None:
+        self._config, self._comm, self._lease, self._watchdog = config, comm, lease, watchdog
         threads, device = on_all_ranks(comm, lambda: place(comm, config.run.device))
         if device.type == "cuda":
             # Streams and graphs are those of the current device.
@@ -306,6 +307,7 @@ class Agent:
         run = self._config.run
         if self._board.speaker != self._comm.rank:
             return
+        self._lease.hold()
         if self._monitor is None:
             every_s = self._config.record.progress_every_s
             # A rank may take over from one that is lost, in the middle of the run.
@@ -317,6 +319,8 @@ class Agent:
         """Whether this rank is to end before its budget is spent."""
         run = self._config.run
         limit_s = math.inf if run.time_limit_s is None else run.time_limit_s
+        if self._lease.lost:
+            stop("another start goes on with this run")
         if stop.reason:
             self._board.ask_all_to_stop()
         return bool(stop.reason) or self._board.stop_requested or self._now_s() - self._begin_s >= limit_s

@@ -33,6 +33,8 @@ NAME = re.compile(r"segment-(\d{1,9})-update-(\d{1,18})\.safetensors")
 LARGEST_HEADER_BYTES = 16 * 2**20
 # Sums of all ranks stay below the greatest integer of the metrics.
 LARGEST_COUNT, MOST_RANKS = 2**43, 2**20
+# Distances between parameters in float32 stay far below it.
+LARGEST_SUM = 1e100
 RECENT_EPISODES = 100
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -96,7 +98,9 @@ class Facts:
             ):
                 raise ValueError("recent is no list of pairs of numbers")
         for name in ("counters", "seconds"):
-            values[name] = {key: _check_number(name, value, float) for key, value in values[name].items()}
+            for value in values[name].values():
+                if LARGEST_SUM < abs(_check_number(name, value, float)) < math.inf:
+                    raise ValueError(f"{name}: {value} is out of range")
         for key, value in values["neighbours"].items():
             _check_number("neighbours", value, int)
             if not re.fullmatch(r"[0-9]{1,7}", key):
@@ -116,13 +120,9 @@ def _check(values: dict[str, Any], kind: type, *names: str) -> None:
 
 def _check_number(name: str, value: Any, kind: type) -> Any:
     """The value: an integer from 0 on as `int`, any number (infinite ones and NaN too) as `float`."""
-    if kind is int and type(value) is int and 0 <= value <= LARGEST_COUNT:
+    if type(value) is int and 0 <= value <= LARGEST_COUNT:
         return value
-    if (
-        kind is float
-        and type(value) in (int, float)
-        and (math.isnan(value) or not LARGEST_COUNT < abs(value) < math.inf)
-    ):
+    if kind is float and (type(value) is float or (type(value) is int and abs(value) <= LARGEST_COUNT)):
         return value
     raise ValueError(f"{name}: {str(value)[:40]} is out of range")
 
@@ -211,12 +211,23 @@ class CheckpointFolder:
                 folder.mkdir(exist_ok=True)
                 sync_folder(folder.parent)
         mine = self.path / f"segment-{facts.segment}-update-{facts.update:012d}.safetensors"
-        write_file(mine, data)
-        for path in (*self.newest_first()[self._keep :], *self.path.glob("*.tmp")):
-            if path != mine:
-                path.unlink(missing_ok=True)
+        # First, so that no later one says that it had a better one before, which nobody has.
         if best:
             write_file(self.path / BEST, data)
+        write_file(mine, data)
+        for path in (*self.newest_first()[self._keep :], *self.path.glob("*.tmp")):
+            # What cannot be removed is in nobody's way.
+            if path != mine:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def best_return(self, largest_bytes: int) -> float:
+        """That of the best one; minus infinity if there is none that can be used."""
+        try:
+            found = read(self.path / BEST, largest_bytes).facts.best_return
+        except CheckpointError:
+            return -math.inf
+        return found if math.isfinite(found) else -math.inf
 
 
 def ranks_with_checkpoints(run: Path) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -16,6 +15,7 @@ import torch
 
 from gala_mpi.board import Board
 from gala_mpi.checkpoint import (
+    LARGEST_COUNT,
     RECENT_EPISODES,
     Checkpoint,
     CheckpointError,
@@ -135,14 +135,15 @@ class Checkpointer:
         parts.board.go_on_from(resumption.agent_steps, learner.facts.update, episodes)
         neighbours = {int(other): update for other, update in facts.neighbours.items()}
         parts.exchange.go_on_from(learner.facts.update, neighbours if resumption.own else {})
-        self._best_return = facts.best_return
+        self._best_return = self._folder.best_return(largest_bytes(parts.flat))
         if not resumption.own:
             return
         counters = parts.exchange.counters
         for field in dataclasses.fields(counters):
-            # Integers stay integers.
-            with contextlib.suppress(KeyError, ValueError, OverflowError):
-                setattr(counters, field.name, type(getattr(counters, field.name))(facts.counters[field.name]))
+            value, kind = facts.counters.get(field.name, 0), type(getattr(counters, field.name))
+            # Integers stay integers, and such as metrics can hold.
+            if kind is float or 0 <= value <= LARGEST_COUNT:
+                setattr(counters, field.name, kind(value))
         parts.stopwatch.seconds.update({p: s for p, s in facts.seconds.items() if p in parts.stopwatch.seconds})
         self._episodes = facts.episodes
         self._recent.extend(facts.recent)

@@ -25,6 +25,7 @@ from gala_mpi import __version__, arguments
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, load_preset
 from gala_mpi.environments import check_environment
+from gala_mpi.lease import Lease
 from gala_mpi.resume import check_changes
 from gala_mpi.run_folder import RunInfo, create_run, discard_run, holds_a_run, reopen_run, run_id_of, saved_config
 from gala_mpi.stopwatch import profile_table
@@ -150,14 +151,20 @@ def _train(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
     watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
     complaint = f"the start of the run: some rank has not come within {START_WITHIN_S:g} s"
     with watchdog.limit(START_WITHIN_S, complaint):
-        config, changes = on_all_ranks(comm, lambda: _read(args, comm.size))
+        # One rank reads: a file system may show others an older configuration of the run for a while.
+        found = on_all_ranks(comm, lambda: _read(args, comm.size) if comm.rank == 0 else None)
+        config, changes = comm.bcast(found)
         # Only now: torch takes seconds to import, and a bad setting should be told at once.
         from gala_mpi.agent import Agent
 
         info = reopen_run(config, comm) if config.run.resume else create_run(config, comm)
+        lease = Lease(info.folder, info.segment)
+        if comm.rank == 0:
+            lease.hold()
         try:
-            agent = Agent(config, comm, info, watchdog)
+            agent = Agent(config, comm, info, lease, watchdog)
         except UsageError:
+            lease.end(begun=False)
             if comm.rank == 0:
                 discard_run(info)
             raise
@@ -168,6 +175,7 @@ def _train(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
         if config.run.profile:
             print(profile_table(summary.profile, summary.updates))
         print(_farewell(summary, info, config), flush=True)
+        lease.end()
     code = _exit_code(summary)
     if summary.lost:
         _leave(comm, code, speaks=comm.rank == summary.speaker)
@@ -179,7 +187,8 @@ def _exit_code(summary: Summary) -> int:
     if summary.failed:
         return EXIT_ERROR
     if summary.stopped:
-        return EXIT_STOPPED
+        # Whoever goes on by itself with what was stopped would lose the same again and again.
+        return EXIT_UNWRITTEN if summary.unwritten else EXIT_STOPPED
     if summary.lost:
         return EXIT_LOST
     if summary.diverged:
@@ -206,22 +215,22 @@ def _read(args: list[str], size: int) -> tuple[TrainConfig, list[str]]:
     """The configuration, checked, and what has changed in it since the run that it resumes."""
     config = check(parse(args), size)
     folder = config.run.resume
-    return config, [] if folder is None else check_changes(saved_config(folder), config, folder)
+    before = None if folder is None else saved_config(folder)
+    return config, [] if folder is None or before is None else check_changes(before, config, folder)
 
 
 def parse(args: list[str]) -> TrainConfig:
     """The configuration that the arguments describe, on top of the preset that they name, or the run they resume."""
     preset, resume = _option(args, "--preset"), _option(args, "--resume")
-    if resume is None:
-        before = load_preset(RunConfig.preset if preset is None else preset)
-    elif preset is not None:
-        before = load_preset(preset)
-    else:
+    before = None
+    if resume is not None and preset is None:
         before = saved_config(Path(resume))
-        env = before.environment.env
+        env = before.environment.env if before else ""
         # Gymnasium imports the module before the colon: no run's folder may choose what code runs.
         if ":" in env and _option(args, "--env") != env:
             raise ConfigError("resume", resume, f"a run whose environment needs no import, or --env {env} to allow it")
+    if before is None:
+        before = load_preset(RunConfig.preset if preset is None else preset)
     return arguments.parse(TrainConfig, "train", TRAIN_HELP, args, before)
 
 
@@ -314,27 +323,34 @@ def _print_once(text: str) -> int:
 @contextlib.contextmanager
 def _signals(stop: StopRequest) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 ask for the end; another one ends the process, whose files are whole at any time."""
-    asked_at_s = math.inf
-
-    def handle(number: int, _frame: object) -> None:
-        nonlocal asked_at_s
-        stop(signal.Signals(number).name)
-        asked_at_s = min(asked_at_s, time.monotonic())
-        # Launchers may send the same one twice.
-        if time.monotonic() - asked_at_s > GRACE_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
     numbers = [signal.SIGINT, signal.SIGTERM]
     # Ignored by jobs/outlive.sh: MPICH's launcher tells survivors of another's death by it.
     if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
         numbers.append(signal.SIGUSR1)
-    before = {number: signal.signal(number, handle) for number in numbers}
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+
+    def listen() -> None:
+        # Python runs a handler between two steps of its own: not while the main thread waits within a library.
+        asked_at_s = math.inf
+        while found := os.read(heard, 64):
+            for number in set(found) & set(numbers):
+                asked_at_s = min(asked_at_s, time.monotonic())
+                # Launchers may send the same one twice.
+                if time.monotonic() - asked_at_s > GRACE_S:
+                    os._exit(128 + number)
+        os.close(heard)
+
+    fd_before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    before = {number: signal.signal(number, lambda n, _: stop(signal.Signals(n).name)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(fd_before)
+        os.close(told)
 
 
 def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from gala_mpi.config import ConfigError
+from gala_mpi.files import read_file
 
 InWeights = tuple[dict[int, float], ...]
 """in_weights[target][source]: the edges of a graph and their weights."""
+LARGEST_BYTES = 2**28
 FORMAT = "a line `source target`, or `source target weight`"
 
 
@@ -24,8 +26,8 @@ def read_edge_list(path: Path, size: int) -> InWeights:
     self loops and duplicates, whose weights are above 0 and leave something to each target's own parameters.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(path.resolve(), LARGEST_BYTES).decode().splitlines()
+    except (OSError, ValueError) as error:
         raise ConfigError("topology", str(path), f"a text file that can be read ({error})") from error
     found: list[dict[int, float | None]] = [{} for _ in range(size)]
     totals = [0.0] * size

@@ -146,8 +146,12 @@ class Simulators:
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take over what `state` gave, after a reset. Raises ValueError if it is that of other simulators."""
         own = self._own_state()
-        if any(state.get(name, np.zeros(0)).shape != values.shape for name, values in own.items()):
-            raise ValueError("the state is not one of these simulators")
+        for name, values in own.items():
+            found = state.get(name)
+            if found is None or found.shape != values.shape or found.dtype != values.dtype:
+                raise ValueError("the state is not one of these simulators")
+            if not np.isfinite(found).all():
+                raise ValueError(f"the state of {name} is not finite")
         simulator_state.restore(self.env, {name: values for name, values in state.items() if name not in own})
         for name, values in own.items():
             values[:] = state[name]

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,10 +48,9 @@ def give_new_name(scratch: Path, path: Path) -> None:
 
 
 def _write(path: Path, data: bytes, name: Callable[[Path], object]) -> None:
-    scratch = path.with_name(f"{path.name}.tmp")
+    # A name of its own: what a killed writer left, or another that writes the same just now, is nobody's obstacle.
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        # What a killed writer left.
-        scratch.unlink(missing_ok=True)
         with scratch.open("xb") as file:
             file.write(data)
             file.flush()
@@ -64,19 +64,15 @@ def _write(path: Path, data: bytes, name: Callable[[Path], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Bring the names in a folder to the disk, where the file system can do that."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
     finally:
         os.close(handle)
-
-
-def hdf5_left_open(path: Path) -> bool:
-    """Whether an HDF5 file is being written, or its writer was killed: by the flags of its superblock (version 3)."""
-    with path.open("rb") as file:
-        start = file.read(12)
-    return start[:8] == b"\x89HDF\r\n\x1a\n" and len(start) == 12 and start[8] >= 3 and start[11] != 0
 
 
 def check_room(path: Path, nbytes: int) -> None:

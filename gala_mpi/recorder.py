@@ -7,6 +7,7 @@ switched on, as none can be made after; from then on a killed run loses at most 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import time
@@ -45,11 +46,31 @@ class Recorder:
         scratch = path.with_name(f"{path.name}.tmp")
         scratch.unlink(missing_ok=True)
         self._file = h5py.File(scratch, "x", libver=("v110", "v110"), locking=False)
+        self._datasets: dict[str, Any] = {}
+        self._rows: dict[str, list[tuple[Any, ...]]] = {}
+        try:
+            self._lay_out(attributes, config, seed)
+            self._file.swmr_mode = True
+            give_new_name(scratch, path)
+        # h5py raises either, for want of space too.
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._file.close()
+            scratch.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise
+            raise OSError(errno.EIO, first_line(error), str(path)) from error
+        self._path, self._place = path, path.stat()
+        self._flush_every_s = config.flush_every_s
+        self._flushed_at_s = time.monotonic()
+        self._failing = False
+        self.dropped_rows = 0
+
+    def _lay_out(self, attributes: Mapping[str, Any], config: RecordConfig, seed: int) -> None:
+        """Make all attributes and datasets."""
         self._file.attrs["schema"] = SCHEMA_VERSION
         for name, value in attributes.items():
             self._file.attrs[name] = json.dumps(value) if isinstance(value, dict) else value
-        self._datasets: dict[str, Any] = {}
-        self._rows: dict[str, list[tuple[Any, ...]]] = {}
         for table in TABLES:
             dtype = table.dtype(config.sketch_dimension)
             chunk = max(CHUNK_BYTES // dtype.itemsize, 1)
@@ -61,18 +82,6 @@ class Recorder:
         self._datasets["sketches"].attrs.update(
             {"interval_s": config.sketch_every_s, "seed": seed, "dimension": config.sketch_dimension}
         )
-        self._file.swmr_mode = True
-        try:
-            give_new_name(scratch, path)
-        except OSError:
-            self._file.close()
-            scratch.unlink(missing_ok=True)
-            raise
-        self._path, self._place = path, path.stat()
-        self._flush_every_s = config.flush_every_s
-        self._flushed_at_s = time.monotonic()
-        self._failing = False
-        self.dropped_rows = 0
 
     def append(self, table: str, row: tuple[Any, ...]) -> None:
         """Add a row, in the order of the table's columns; it reaches the file with the next flush."""

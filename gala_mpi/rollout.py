@@ -94,6 +94,8 @@ class Collector:
         now = self._observations
         if shown is None or shown.shape != now.shape or torch.from_numpy(shown).dtype != now.dtype:
             return False
+        if not np.isfinite(shown).all():
+            return False
         try:
             self._simulators.restore(saved)
         except ValueError:

@@ -2,6 +2,7 @@
 
     run.json                what the run is: its id
     config.toml             the effective configuration; config.1.toml and so on of each later start, a segment
+    lease.json              whether it goes on (see `lease`)
     rank-00000.h5           metrics; rank-00000.1.h5 and so on of each later segment
     checkpoints/rank-00000  checkpoints
 
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
-import time
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig, read_config
-from gala_mpi.files import first_line, hdf5_left_open, read_file, write_new_file
+from gala_mpi.files import first_line, read_file, write_new_file
+from gala_mpi.lease import LEASE_FILE, LeaseError, check_free, write_lease
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -92,8 +94,9 @@ def discard_run(info: RunInfo) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
     if info.segment == 0:
-        with contextlib.suppress(OSError):
-            (info.folder / RUN_FILE).unlink()
+        for name in (RUN_FILE, LEASE_FILE):
+            with contextlib.suppress(OSError):
+                (info.folder / name).unlink()
     _remove(info.made)
 
 
@@ -114,15 +117,25 @@ def _create(config: TrainConfig) -> RunInfo:
     info = RunInfo(out, made, uuid.uuid4().hex, _now(), 0)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_new_file(config_file(out, 0), as_toml(config).encode())
-        # Last: with it the folder is that of a run.
+        # First, and only if it is not there: with it the folder is this run's.
         write_new_file(out / RUN_FILE, json.dumps({"run_id": info.run_id, "started": info.started}).encode())
+    except FileExistsError as error:
+        given = str(config.record.out or out)
+        raise ConfigError("out", given, "a folder in which no other run begins just now") from error
+    except OSError as error:
+        _remove(made)
+        raise _not_written(config.record.out or out, error) from error
+    try:
+        write_lease(out, 0)
+        write_new_file(config_file(out, 0), as_toml(config).encode())
     except OSError as error:
         discard_run(info)
-        raise ConfigError(
-            "out", str(config.record.out or out), f"a folder that can be written ({error.strerror})"
-        ) from error
+        raise _not_written(config.record.out or out, error) from error
     return RunInfo(out.resolve(), made, info.run_id, info.started, 0)
+
+
+def _not_written(out: Path, error: OSError) -> ConfigError:
+    return ConfigError("out", str(out), f"a folder that can be written ({error.strerror})")
 
 
 def _reopen(config: TrainConfig) -> RunInfo:
@@ -132,31 +145,16 @@ def _reopen(config: TrainConfig) -> RunInfo:
     last = max(segments(folder), default=0)
     segment = last + 1
     try:
-        _check_that_it_ended(folder, last, config.record.flush_every_s)
+        check_free(folder, last)
         write_new_file(config_file(folder, segment), as_toml(config).encode())
+        write_lease(folder, segment)
+    except LeaseError as error:
+        raise ConfigError("resume", str(folder), f"a run that has ended; {error}") from error
     except FileExistsError as error:
         raise ConfigError("resume", str(folder), "a run that nobody else goes on with just now") from error
     except OSError as error:
         raise ConfigError("resume", str(folder), f"a folder that can be written ({error.strerror})") from error
     return RunInfo(folder.resolve(), [], run_id, _now(), segment)
-
-
-def _check_that_it_ended(folder: Path, last: int, flush_every_s: float) -> None:
-    """Raise ConfigError if a rank still writes its metrics. Waits for two flushes if a file was not closed.
-
-    So it does if segment `last` was begun, and has no file yet: its ranks may still be setting up.
-    """
-
-    def seen() -> dict[Path, tuple[int, int]]:
-        found = ((path, path.stat()) for path in folder.glob("rank-*.h5") if hdf5_left_open(path))
-        return {path: (about.st_mtime_ns, about.st_size) for path, about in found}
-
-    before = seen()
-    if before or not rank_file(folder, 0, last).exists():
-        time.sleep(2 * flush_every_s + 1)
-    for path, about in seen().items():
-        if before.get(path) != about:
-            raise ConfigError("resume", str(folder), f"a run that has ended; {path.name} is still being written")
 
 
 def run_id_of(folder: Path) -> str:
@@ -171,11 +169,16 @@ def run_id_of(folder: Path) -> str:
     return run_id
 
 
-def saved_config(folder: Path) -> TrainConfig:
-    """The configuration of the run's last segment. Raises ConfigError if there is none that can be read."""
+def saved_config(folder: Path) -> TrainConfig | None:
+    """The configuration of the run's last segment; None if the first start was killed before it had written any.
+
+    Raises ConfigError if it cannot be read.
+    """
     path = config_file(folder, 0)
     try:
-        numbers = [number for number in segments(folder) if config_file(folder, number).exists()]
+        numbers = [number for number in segments(folder) if os.path.lexists(config_file(folder, number))]
+        if not numbers and not segments(folder) and not (folder / "checkpoints").exists():
+            return None
         path = config_file(folder, max(numbers, default=0))
         text = read_file(path, LARGEST_BYTES).decode()
     except (OSError, ValueError) as error:

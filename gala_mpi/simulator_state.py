@@ -14,9 +14,12 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 SAVABLE = "gymnasium.envs.classic_control."
+PLAIN_WRAPPERS = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
+# Of angles, positions and velocities of classic control: far beyond what any of them comes to.
+LARGEST_STATE = 1e6
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -40,6 +43,9 @@ def restore(vector_env: VectorEnv[Any, Any, Any], state: Mapping[str, npt.NDArra
     now = save(vector_env)
     if now is None or _kinds(now) != _kinds(state):
         raise ValueError("the state is not one of these simulators")
+    for name, values in state.items():
+        if name.endswith(".state") and not (np.abs(values) <= LARGEST_STATE).all():
+            raise ValueError(f"{name} is out of range")
     for index, env in enumerate(_open_ones(vector_env)):
         words = [int(word) for word in state[f"{index}.stream"]]
         stream: dict[str, Any] = {"bit_generator": "PCG64"}
@@ -64,15 +70,22 @@ def _open_ones(vector_env: VectorEnv[Any, Any, Any]) -> list[Any]:
     if vector_env.metadata["autoreset_mode"] != AutoresetMode.SAME_STEP:
         return []
     envs: list[Any] = list(vector_env.envs)
+    # Others may have a state of their own: statistics by which observations are normalised, say.
+    if any(type(wrapper) not in PLAIN_WRAPPERS for env in envs for wrapper in _wrappers(env)):
+        return []
     kinds = {env.unwrapped.np_random.bit_generator.state["bit_generator"] for env in envs}
     return envs if kinds == {"PCG64"} else []
 
 
 def _time_limits(env: gymnasium.Env[Any, Any]) -> list[Any]:
     """The wrappers of `env` that count its steps."""
+    return [wrapper for wrapper in _wrappers(env) if isinstance(wrapper, TimeLimit)]
+
+
+def _wrappers(env: gymnasium.Env[Any, Any]) -> list[Any]:
+    """All wrappers of `env`, the outermost first."""
     found: list[Any] = []
     while isinstance(env, gymnasium.Wrapper):
-        if isinstance(env, TimeLimit):
-            found.append(env)
+        found.append(env)
         env = env.env
     return found

@@ -7,10 +7,11 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 YIELD_FOR_S = 0.002
 LONGEST_SLEEP_S = 0.001
 WATCH_EVERY_S = 0.5
+# Beyond a limit, for a process that is busy rather than locked.
+LOCKED_FOR_S = 5.0
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
@@ -60,7 +63,13 @@ class Watchdog:
 
     Its exit without MPI_Finalize makes the launcher end the whole job. For collective calls, which are faster
     when they block than when they are polled.
+
+    Code that holds the interpreter's lock for ever (HDF5 on a file system that does not answer, a simulator in C) stops
+    the thread that watches, too. So that thread also puts off, again and again, the end that a thread without Python
+    would make of the process: it comes some seconds after the longest of the last limits.
     """
+
+    _recent_s: ClassVar[deque[float]] = deque(maxlen=8)
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -71,6 +80,7 @@ class Watchdog:
     def limit(self, timeout_s: float, complaint: str) -> Iterator[None]:
         """End the process with `complaint` if the block takes over `timeout_s` seconds."""
         self._complaint = complaint
+        self._recent_s.append(timeout_s)
         self._deadline_s = time.monotonic() + timeout_s
         try:
             yield
@@ -79,6 +89,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while time.monotonic() < self._deadline_s:
+            if self._recent_s:
+                faulthandler.dump_traceback_later(max(tuple(self._recent_s)) + LOCKED_FOR_S, exit=True)
             time.sleep(WATCH_EVERY_S)
         print(f"{self._name} error: {self._complaint}; every thread was here:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)

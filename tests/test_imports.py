@@ -16,6 +16,7 @@ ORDER = (
         "arguments",
         "collective",
         "files",
+        "lease",
         "run_folder",
         "edge_list",
         "topology",

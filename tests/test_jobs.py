@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCHER_VARIABLES, ROOT, finish
+from conftest import LAUNCHER_VARIABLES, ROOT, Mpi, finish
+from test_cli import assert_closed
 
 ENVIRONMENT = Path(sys.executable).parent.parent
 
 
-def start(folder: Path, *args: str) -> subprocess.Popen[str]:
+def start(folder: Path, *args: str, launcher: str = "mpirun") -> subprocess.Popen[str]:
     """Run the template as Slurm would, with a queue that only writes down what it is asked."""
     queue = folder / "bin" / "scontrol"
     queue.parent.mkdir(exist_ok=True)
@@ -23,10 +25,11 @@ def start(folder: Path, *args: str) -> subprocess.Popen[str]:
     queue.chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     slurm = {"SLURM_JOB_NAME": "test", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
-    ours = {"GALA_MPI_ENV": str(ENVIRONMENT), "GALA_MPI_LAUNCHER": "mpirun", "GALA_MPI_OUT": str(folder / "run")}
+    ours = {"GALA_MPI_ENV": str(ENVIRONMENT), "GALA_MPI_LAUNCHER": launcher, "GALA_MPI_OUT": str(folder / "run")}
     return subprocess.Popen(
         ["bash", str(ROOT / "jobs" / "train.sbatch"), "--preset", "cartpole", *args],
         env={**clean, **slurm, **ours, "PATH": f"{queue.parent}:{clean['PATH']}"},
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -58,3 +61,62 @@ def test_a_job_that_fails_is_not_queued_again(tmp_path: Path) -> None:
     ended = finish(start(tmp_path, "--simulators", "0"), 60)
     assert ended.returncode == 2 and "--simulators: 0" in ended.stderr
     assert not (tmp_path / "queue").exists()
+
+
+def test_a_rank_that_is_killed_on_the_way_does_not_keep_a_job_from_the_queue(tmp_path: Path) -> None:
+    """srun gives the greatest code of all ranks, that of the killed one."""
+    launcher = tmp_path / "bin" / "srun"
+    launcher.parent.mkdir()
+    launcher.write_text("#!/bin/bash\ntrap 'exit 137' USR1\ntouch started\nwhile :; do sleep 0.1; done\n")
+    launcher.chmod(0o755)
+    job = start(tmp_path, launcher="srun")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    assert finish(job, 30).returncode == 137
+    assert (tmp_path / "queue").read_text() == "requeue 7\n"
+
+
+SLOW = """
+import sys, time
+from gala_mpi import agent, cli
+update = agent.Agent._one_update
+def slow(self):
+    update(self)
+    time.sleep(0.3)
+agent.Agent._one_update = slow
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruptible_launcher_gives_long_updates_the_time_they_need(
+    mpi: Mpi, number: signal.Signals, tmp_path: Path
+) -> None:
+    mpi = replace(mpi, prefix=("bash", str(ROOT / "jobs" / "interruptible.sh")))
+    run = tmp_path / "run"
+    process = mpi.start(2, "-c", SLOW, "--preset", "cartpole", "--record-every", "1", "--out", str(run))
+    deadline = time.monotonic() + 60
+    while len(list(run.glob("rank-*.h5"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    ended = finish(process, 60)
+    assert ended.returncode == 75, ended.stderr
+    assert_closed(run, 2)
+
+
+def test_a_second_signal_ends_a_launcher_that_pays_no_heed(tmp_path: Path) -> None:
+    script = "trap : USR1; trap 'exit 3' TERM; echo up; while :; do sleep 0.1; done"
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "jobs" / "interruptible.sh"), "bash", "-c", script], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    # Whole seconds are what a shell counts in.
+    time.sleep(2.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 3

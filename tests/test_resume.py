@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,10 +19,10 @@ import pytest
 from conftest import MPIS, ROOT, Mpi, finish, kill, rank_process
 from test_cli import start_long_run
 
+from gala_mpi import lease, run_folder
 from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, encode, ranks_with_checkpoints, read
 from gala_mpi.config import ConfigError
-from gala_mpi.recorder import Recorder
-from gala_mpi.run_folder import _reopen, rank_file, saved_config
+from gala_mpi.run_folder import _reopen, saved_config
 
 sys.path.insert(0, str(ROOT / "analysis"))
 from learning_curves import curve, seams
@@ -242,7 +243,7 @@ def test_a_run_that_still_goes_on_is_refused(one_mpi: Mpi, tmp_path: Path) -> No
     run = tmp_path / "run"
     process = start_long_run(one_mpi, run, 2)
     done = one_mpi.run(2, *TRAIN, "--resume", str(run))
-    assert done.returncode == 2 and "expected a run that has ended; rank-0000" in done.stderr, done.stderr
+    assert done.returncode == 2 and "expected a run that has ended; lease.json is still" in done.stderr, done.stderr
     assert not (run / "config.1.toml").exists()
     os.kill(process.pid, signal.SIGUSR1)
     assert finish(process, 60).returncode == 75
@@ -250,25 +251,66 @@ def test_a_run_that_still_goes_on_is_refused(one_mpi: Mpi, tmp_path: Path) -> No
 
 
 def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other has made its configuration, and no metrics yet: it is given the time to."""
-    config = saved_config(run)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=run))
+    """The other may have its lease, or its configuration, only."""
+    before = saved_config(run)
+    assert before is not None
+    config = dataclasses.replace(before, run=dataclasses.replace(before.run, resume=run))
+    monkeypatch.setattr(lease, "WAIT_S", 0.5)
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
     waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    sleep = time.sleep
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: waits.append(seconds) or sleep(seconds))
+    # It has ended in order: nobody waits.
     assert _reopen(config).segment == 1 and not waits
-    assert _reopen(config).segment == 2 and waits == [2 * config.record.flush_every_s + 1]
-    other = rank_file(run, 0, 2)
-    writing: list[Recorder] = []
-    monkeypatch.setattr(time, "sleep", lambda _: writing.append(Recorder(other, {}, config.record, 1)))
-    with pytest.raises(ConfigError, match=f"expected a run that has ended; {other.name} is still being written"):
+    holder = lease.Lease(run, 1)
+    holder.hold()
+    with pytest.raises(ConfigError, match=r"expected a run that has ended; lease.json is still being touched"):
         _reopen(config)
-    writing[0].close()
+    holder.end()
+    assert waits == [0.5] and _reopen(config).segment == 2 and waits == [0.5]
+    # Killed, or just so slow that it is not there yet: the one is seen, the other not.
+    assert _reopen(config).segment == 3 and waits == [0.5, 0.5]
+    (run / "config.4.toml").write_text("")
+    slow = threading.Timer(0.2, lease.write_lease, (run, 4))
+    slow.start()
+    with pytest.raises(ConfigError, match="still being touched"):
+        _reopen(config)
+    slow.join()
     # Both have found the same number free.
-    monkeypatch.setattr(time, "sleep", lambda _: (run / "config.3.toml").write_text(""))
-    other.unlink()
+    monkeypatch.setattr(run_folder, "check_free", lambda *_: (run / "config.5.toml").write_text(""))
     with pytest.raises(ConfigError, match="expected a run that nobody else goes on with just now"):
         _reopen(config)
-    assert (run / "config.3.toml").read_text() == ""
+    assert (run / "config.5.toml").read_text() == ""
+
+
+def test_who_was_taken_for_dead_ends(one_mpi: Mpi, tmp_path: Path) -> None:
+    """A job that was suspended, for so long that another went on with its run, leaves it to that one."""
+    run = tmp_path / "run"
+    process = start_long_run(one_mpi, run, 2)
+    pids = [rank_process(process.pid, rank) for rank in range(2)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    resume(one_mpi, run, 1, "--total-steps", "100")
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    done = finish(process, 60)
+    assert done.returncode == 75 and "stopped (another start goes on with this run)" in done.stdout, done.stderr
+    assert json.loads((run / "lease.json").read_text()) == {"segment": 1, "ended": True}
+
+
+@pytest.mark.parametrize("left", [("run.json",), ("run.json", "lease.json")])
+def test_a_start_that_was_killed_at_once_can_be_gone_on_with(
+    one_mpi: Mpi, left: tuple[str, ...], run: Path, tmp_path: Path
+) -> None:
+    started = tmp_path / "started"
+    started.mkdir()
+    for name in left:
+        shutil.copy(run / name, started / name)
+    done = one_mpi.run(1, *CARTPOLE, "--total-steps", "1280", "--out", str(started))
+    assert done.returncode == 2 and "(--resume goes on with one)" in done.stderr
+    done = one_mpi.run(1, *CARTPOLE, "--total-steps", "1280", "--resume", str(started))
+    assert done.returncode == 0 and "the run begins anew" in done.stderr, done.stderr
+    assert read_run(started).table("updates")["update"].max() == 20
 
 
 def test_a_time_limit_is_of_one_start_and_what_is_left_is_told(one_mpi: Mpi, tmp_path: Path) -> None:
@@ -403,13 +445,15 @@ def test_a_resize_that_is_killed_between_two_ranks_first_checkpoints_loses_no_st
 
 
 def test_a_configuration_that_could_not_be_written_leaves_the_run_as_it_is(one_mpi: Mpi, tmp_path: Path) -> None:
-    """The folder of the next segment's configuration cannot be written, then can."""
+    """The lease of the run cannot be read, then can."""
     run = tmp_path / "run"
     one_mpi.run(1, *CARTPOLE, "--total-steps", "640", "--gamma", "0.9", "--out", str(run))
-    # The name that is written first is taken by a folder.
-    (run / "config.1.toml.tmp").mkdir()
+    lease_file = run / "lease.json"
+    lease_file.rename(tmp_path / "lease.json")
+    lease_file.mkdir()
     done = one_mpi.run(1, *TRAIN, "--resume", str(run))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (run / "config.1.toml").exists()
-    (run / "config.1.toml.tmp").rmdir()
+    lease_file.rmdir()
+    (tmp_path / "lease.json").rename(lease_file)
     assert "changed: --gamma from 0.9 to 0.8" in resume(one_mpi, run, 1, "--gamma", "0.8")

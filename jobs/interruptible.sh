@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Let Ctrl-C, SIGTERM or SIGUSR1 end a run in order, with checkpoints, under every launcher:
+#
+#   bash jobs/interruptible.sh mpirun -n 32 gala-mpi train --env ALE/Pong-v5
+#
+# Open MPI's mpirun, when it is told to end, kills the ranks a quarter of a second later. SIGUSR1 it passes on, and goes
+# on itself: that is what it gets here. Another signal, a second or more later, ends the launcher at once.
+set -uo pipefail
+# A process group of its own: the terminal's Ctrl-C comes to this script alone.
+set -m
+"$@" < /dev/null &
+launcher=$! told=""
+
+# shellcheck disable=SC2329  # it is called by the traps
+tell() {
+    if [[ -z "$told" ]]; then
+        told=$SECONDS
+        kill -USR1 "$launcher" 2> /dev/null
+    elif ((SECONDS > told)); then
+        kill -TERM "$launcher" 2> /dev/null
+    fi
+}
+trap tell INT TERM USR1
+
+# A signal ends the wait, but not the launcher.
+while
+    wait "$launcher"
+    code=$?
+    kill -0 "$launcher" 2> /dev/null
+do :; done
+exit "$code"
