@@ -45,16 +45,16 @@ class Recorder:
         # Until readers may follow it, what a killed rank left could not be opened: it has another name till then.
         scratch = path.with_name(f"{path.name}.tmp")
         scratch.unlink(missing_ok=True)
-        self._file = h5py.File(scratch, "x", libver=("v110", "v110"), locking=False)
         self._datasets: dict[str, Any] = {}
         self._rows: dict[str, list[tuple[Any, ...]]] = {}
         try:
+            self._file = h5py.File(scratch, "x", libver=("v110", "v110"), locking=False)
             self._lay_out(attributes, config, seed)
             self._file.swmr_mode = True
             give_new_name(scratch, path)
         # h5py raises either, for want of space too.
         except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError, RuntimeError):
+            with contextlib.suppress(OSError, RuntimeError, AttributeError):
                 self._file.close()
             scratch.unlink(missing_ok=True)
             if isinstance(error, OSError):

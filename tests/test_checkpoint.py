@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
+from gala_mpi import checkpoint, files
 from gala_mpi.checkpoint import (
     BEST,
     CheckpointError,
@@ -32,6 +37,8 @@ from gala_mpi.checkpoint import (
     ranks_with_checkpoints,
     read,
 )
+from gala_mpi.checkpointer import ENOUGH_EPISODES, Checkpointer, Identity
+from gala_mpi.environments import Episode
 
 FACTS = Facts(
     run_id="f" * 32,
@@ -211,18 +218,125 @@ def test_nothing_is_written_through_a_link(name: str, tmp_path: Path) -> None:
     assert read(folder.path / BEST, 10**6).facts.update == 1
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_write_that_fails_leaves_what_was_there(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = CheckpointFolder(tmp_path, 0, 1)
     folder.save(TENSORS, update(1), best=True)
     before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
 
     def fail(_handle: int) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(OSError, match=os.strerror(number)):
         folder.save(TENSORS, update(2), best=True)
     assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_a_best_one_is_there_before_any_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a rank that was killed in between would look for a better one than nobody has."""
+    folder = CheckpointFolder(tmp_path, 0, 3)
+    assert folder.best_return(10**6) == -math.inf
+    folder.save(TENSORS, dataclasses.replace(update(1), best_return=5.0), best=True)
+    written: list[str] = []
+
+    def once(path: Path, data: bytes) -> None:
+        if written:
+            raise OSError(errno.ENOSPC, "killed")
+        written.append(path.name)
+        files.write_file(path, data)
+
+    monkeypatch.setattr(checkpoint, "write_file", once)
+    with pytest.raises(OSError, match="killed"):
+        folder.save(TENSORS, dataclasses.replace(update(2), best_return=400.0), best=True)
+    assert written == [BEST] and folder.best_return(10**6) == 400.0
+    assert read(folder.newest_first()[0], 10**6).facts.update == 1
+    (folder.path / BEST).write_bytes(b"damaged")
+    assert folder.best_return(10**6) == -math.inf
+
+
+def test_what_is_in_the_way_of_tidying_up_costs_no_checkpoint(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, 0, 1)
+    (folder.path / "old.tmp").mkdir(parents=True)
+    folder.save(TENSORS, update(1), best=False)
+    assert read(folder.newest_first()[0], 10**6).facts.update == 1
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_synchronise_folders_will_do(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    files.write_new_file(tmp_path / "file", b"data")
+    assert (tmp_path / "file").read_bytes() == b"data"
+
+
+def test_numbers_of_a_run_that_blows_up_can_be_read() -> None:
+    """Finite, as in a loss of float32 or a return, but large; else it would refuse its own checkpoints."""
+    large = dataclasses.replace(
+        FACTS,
+        best_return=1e200,
+        recent=[[1.0, -1e300]],
+        counters={"neighbour_distance": 3.4e42},
+        seconds={"forward": math.inf},
+    )
+    assert repr(decode(encode(TENSORS, large))[0]) == repr(large)
+
+
+def checkpointer(folder: CheckpointFolder, rank: int, size: int, *, synchronous: bool = False) -> Checkpointer:
+    """One of a rank without a network, whose checkpoints are due every 300 s."""
+    flat = SimpleNamespace(data=torch.zeros(2), by_name=lambda values: {"w": values})
+    exchange = SimpleNamespace(synchronous=synchronous, counters=SimpleNamespace(), in_neighbours=[])
+    parts: Any = SimpleNamespace(
+        flat=flat,
+        learner=SimpleNamespace(mean_square=torch.zeros(2)),
+        collector=SimpleNamespace(state=dict),
+        exchange=exchange,
+        board=SimpleNamespace(total_steps=0),
+        stopwatch=SimpleNamespace(seconds={}),
+    )
+    return Checkpointer(folder, parts, Identity("0" * 32, 0, rank, size, {}), 300.0)
+
+
+@pytest.mark.parametrize("synchronous", [False, True])
+def test_ranks_write_one_after_the_other_but_those_in_step(synchronous: bool, tmp_path: Path) -> None:
+    written: dict[int, list[int]] = {}
+    for rank in range(4):
+        mine = checkpointer(CheckpointFolder(tmp_path, rank, 50), rank, 4, synchronous=synchronous)
+        written[rank] = []
+        for now_s in range(0, 1800, 5):
+            if mine.due(now_s):
+                mine.save(now_s, 0, now_s)
+                written[rank].append(now_s)
+    # At the start, and then every 300 s.
+    first = [300 if synchronous else 75 * rank or 300 for rank in range(4)]
+    assert written == {rank: [0, *range(first[rank], 1800, 300)] for rank in range(4)}
+
+
+def test_a_checkpoint_that_failed_is_tried_again_and_the_best_needs_some_episodes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    mine = checkpointer(CheckpointFolder(run, 0, 50), 0, 1)
+    mine.save(1, 0, 10.0)
+    assert mine.failing and "make room, or put the folder back" in caplog.text and not mine.due(299.0)
+    run.mkdir()
+    mine.note_episodes([Episode(0, 7.0, 1)] * (ENOUGH_EPISODES - 1), 20.0)
+    assert mine.due(300.0)
+    mine.save(2, 0, 300.0)
+    folder = CheckpointFolder(run, 0)
+    assert not mine.failing and not (folder.path / BEST).exists()
+    for number, episode_return in enumerate((7.0, 1.0, 9.0), start=3):
+        mine.note_episodes([Episode(0, episode_return, 1)] * 100, 400.0)
+        mine.save(number, 0, 400.0)
+    assert read(folder.path / BEST, 10**6).facts.update == 5 and folder.best_return(10**6) == 9.0
 
 
 def test_a_run_whose_folder_is_gone_gets_no_new_one(tmp_path: Path) -> None:

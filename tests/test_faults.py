@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from gala_mpi.checkpoint import CheckpointError, CheckpointFolder, read
 from gala_mpi.config import RecordConfig
 from gala_mpi.recorder import Recorder
 from gala_mpi.run_folder import rank_file
+from gala_mpi.waiting import wait_until
 
 TRAIN = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--record-every", "1", "--flush-every-s", "0.2")
 LONG = ("--total-steps", "100_000_000")
@@ -191,8 +193,10 @@ def test_a_full_disk_is_waited_out(mpi: Mpi, small_disk: Path) -> None:
     # All that is there can be read, on a disk that is still full.
     before = [len(updates(run, rank)) for rank in range(2)]
     for rank in range(2):
-        assert read(CheckpointFolder(run, rank).newest_first()[0], 10**7).facts.update > 0
-        assert not list(CheckpointFolder(run, rank).path.glob("*.tmp"))
+        folder = CheckpointFolder(run, rank)
+        assert read(folder.newest_first()[0], 10**7).facts.update > 0
+        # Both go on trying.
+        assert wait_until(lambda: not list(folder.path.glob("*.tmp")), 10)  # noqa: B023
     filler.unlink()
     resize(small_disk, "size=200m")
     done = finish(process, 60)
@@ -206,10 +210,17 @@ def test_a_full_disk_is_waited_out(mpi: Mpi, small_disk: Path) -> None:
         assert read(CheckpointFolder(run, rank).newest_first()[0], 10**7).facts.update == len(table)
 
 
-def test_a_disk_that_stays_full_costs_what_could_not_be_written(one_mpi: Mpi, small_disk: Path) -> None:
+@pytest.mark.parametrize("ended", ["time", "signal"])
+def test_a_disk_that_stays_full_costs_what_could_not_be_written(one_mpi: Mpi, ended: str, small_disk: Path) -> None:
+    """Also where the run was told to end: who queues it again at once would lose the same again."""
     run = small_disk / "run"
     (small_disk / "filler").write_bytes(b"x" * 1_200_000)
-    done = one_mpi.run(2, *TRAIN, *LONG, "--time-limit-s", "12", "--checkpoint-every-s", "0.5", "--out", str(run))
+    process = start(one_mpi, run, *LONG, "--time-limit-s", "12" if ended == "time" else "1000")
+    if ended == "signal":
+        wait_for_rows(run, 1)
+        time.sleep(10)
+        process.send_signal(signal.SIGUSR1)
+    done = finish(process, 100)
     # It filled what was left by itself.
     assert done.returncode == 5, done.stderr
     assert "ranks that could not write all metrics and checkpoints: 0, 1" in done.stdout
@@ -228,7 +239,9 @@ def test_a_folder_that_cannot_be_written_any_more_does_not_end_the_run(
     process = start(one_mpi, run, *LONG, "--time-limit-s", "8")
     wait_for_rows(run, 5)
     if how == "removed":
-        shutil.rmtree(run)
+        # At once: it is being written.
+        gone = run.rename(small_disk / "gone")
+        shutil.rmtree(gone)
     else:
         # Files that are open for writing stay so: those are written on.
         subprocess.run(["mount", "-o", "bind", str(small_disk), str(small_disk)], check=True)
@@ -240,6 +253,30 @@ def test_a_folder_that_cannot_be_written_any_more_does_not_end_the_run(
         assert re.search(r"rank-0000\d.h5: metrics cannot be written", done.stderr)
     else:
         subprocess.run(["umount", str(small_disk)], check=True)
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from gala_mpi.config import RecordConfig
+from gala_mpi.recorder import Recorder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path, limit = Path(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    Recorder(path, {"config": "x" * 3000}, RecordConfig(), 1)
+except OSError as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 512, 2048, 4096, 6000, 9000])
+def test_a_file_that_cannot_be_begun_is_refused_and_leaves_nothing(limit: int, tmp_path: Path) -> None:
+    """As on a disk that is full from the start."""
+    args = [sys.executable, "-c", LIMITED, str(tmp_path / "rank-00000.h5"), str(limit)]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("refused"), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_quota_that_is_reached_is_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

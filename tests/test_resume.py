@@ -145,6 +145,7 @@ def test_a_signal_and_a_resume_lose_nothing(mpi: Mpi, tmp_path: Path) -> None:
 def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
     run = tmp_path / "run"
     mpi.run(2, *CARTPOLE, "--total-steps", "12_800", "--out", str(run))
+    totals = []
     for size, before in ((4, 2), (3, 4), (1, 3)):
         old = [newest(run, rank) for rank in range(before)]
         total = sum(checkpoint.facts.agent_steps for checkpoint in old)
@@ -163,13 +164,14 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
                     # Another rank's streams are not drawn twice.
                     assert not np.array_equal(found.tensors[name], values), name
         assert total - size < steps <= total
+        totals += [total]
     said = resume(mpi, run, 3, "--total-steps", "25_600")
     assert re.search(r"2[56],\d\d\d steps, \d+,?\d* of them in", said)
     data = curve(read_run(run), 10)
     assert (np.diff(data["agent_steps"]) >= 0).all() and 25_000 < data["agent_steps"].iloc[-1] < 27_000
     marks = seams(read_run(run))
-    assert (np.diff(marks["time_s"]) >= 0).all() and marks["agent_steps"].between(12_800 - 4, 12_800 + 64 * 4).all()
-    assert len(marks) == 4
+    assert (np.diff(marks["time_s"]) >= 0).all() and len(marks) == 4
+    np.testing.assert_allclose(marks["agent_steps"], [*totals, steps], atol=4)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -9,11 +10,13 @@ from gymnasium.vector import AutoresetMode
 from scripted import vector
 from test_environments import TERMINATES
 
+from gala_mpi import simulator_state
 from gala_mpi.config import EnvironmentConfig
 from gala_mpi.environments import Simulators, Step, make_simulators
 from gala_mpi.networks import MLPPolicy
 from gala_mpi.rollout import Collector
 
+AUTORESET = {"autoreset_mode": AutoresetMode.SAME_STEP}
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 
 
@@ -63,6 +66,39 @@ def test_what_cannot_be_saved_says_so() -> None:
         assert simulators.state() is None
         with pytest.raises(ValueError, match="state"):
             simulators.restore({})
+
+
+def test_a_wrapper_with_a_state_of_its_own_is_not_half_saved() -> None:
+    """Observations that are normalised by statistics that were lost would be of other values."""
+    plain = gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="sync", vector_kwargs=AUTORESET)
+    plain.reset(seed=1)
+    assert simulator_state.save(plain) is not None
+    wrapped = gymnasium.make_vec(
+        "CartPole-v1",
+        2,
+        vectorization_mode="sync",
+        vector_kwargs=AUTORESET,
+        wrappers=[gymnasium.wrappers.NormalizeObservation],
+    )
+    wrapped.reset(seed=1)
+    assert simulator_state.save(wrapped) is None
+
+
+@pytest.mark.parametrize("value", [1e300, -1e7, np.nan, np.inf])
+def test_a_state_that_no_simulator_comes_to_is_refused(value: float) -> None:
+    """Acrobot would turn an angle of 1e300 back into a circle by steps of 2 pi."""
+    simulators = make("Acrobot-v1", 2)
+    simulators.reset(1)
+    state = simulators.state()
+    assert state is not None
+    state["1.state"] = np.array([0.0, value, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"1\.state is out of range"):
+        simulators.restore(state)
+    again = simulators.state()
+    assert again is not None
+    again["returns"] = np.array([0.0, value if not np.isfinite(value) else np.nan])
+    with pytest.raises(ValueError, match="returns is not finite"):
+        simulators.restore(again)
 
 
 def test_the_state_of_other_simulators_is_refused_and_changes_nothing() -> None:

@@ -81,8 +81,13 @@ def group(file: h5py.File, _dtype: np.dtype) -> None:
     file.create_group("episodes")
 
 
+def update_alone(file: h5py.File, _dtype: np.dtype) -> None:
+    file.create_dataset("episodes", (1,), np.dtype([("update", "<i8")]))
+
+
 @pytest.mark.parametrize(
-    "make", [external_link, soft_link, huge, huge_row, virtual, external_data, matrix, numbers, objects, group]
+    "make",
+    [external_link, soft_link, huge, huge_row, virtual, external_data, matrix, numbers, objects, group, update_alone],
 )
 def test_a_table_that_is_not_the_files_own_is_refused(make: object, tmp_path: Path) -> None:
     make_run(tmp_path / "other")
@@ -119,6 +124,46 @@ def test_attributes_that_no_run_writes_are_refused(name: str, value: object, tmp
     done = run_script("learning_curves.py", tmp_path / "run")
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and str(path) in done.stderr
+
+
+def test_a_name_that_would_be_a_formula_is_drawn_as_it_is(tmp_path: Path) -> None:
+    run = tmp_path / r"$\frac$"
+    path = make_run(run)
+    with h5py.File(path, "r+") as file:
+        file.attrs["env_id"] = r"$\frac$"
+    for script in ("learning_curves.py", "consensus.py"):
+        assert run_script(script, run).returncode == 0
+
+
+WATCHED = """
+import os, sys, time, runs
+from pathlib import Path
+runs.DEADLINE_S = 1.0
+with runs._deadline(Path("file")):
+    print("watched", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_who_watches_a_reader_that_is_gone_ends_nobody_else() -> None:
+    """Orphans come to another process, which is to live."""
+    shell = subprocess.Popen(
+        [sys.executable, "-c", SUBREAPER, sys.executable, WATCHED], cwd=ROOT / "analysis", stdout=subprocess.PIPE
+    )
+    out, _ = shell.communicate(timeout=60)
+    assert shell.returncode == 0 and out == b"watched\nalive\n"
+
+
+SUBREAPER = """
+import ctypes, signal, subprocess, sys, time
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+reader = subprocess.Popen([sys.argv[1], "-c", sys.argv[2]], stdout=subprocess.PIPE, text=True)
+print(reader.stdout.readline(), end="", flush=True)
+reader.kill()
+reader.wait()
+time.sleep(3)
+print("alive")
+"""
 
 
 def test_names_that_are_no_ranks_are_not_opened(tmp_path: Path) -> None:
