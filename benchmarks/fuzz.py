@@ -3,7 +3,9 @@
     python benchmarks/fuzz.py --inputs 1_000_000 --out benchmarks/results/fuzz.json
 
 Checkpoints, their facts and configurations are valid ones with random damage: bytes changed, cut out, doubled, numbers
-and names exchanged for extreme ones, and headers that lie about sizes and shapes, with a digest that fits. HDF5 files
+and names exchanged for extreme ones, and headers that lie about sizes and shapes, with a digest that fits. States of
+networks, streams and simulators that are not what a run wrote are taken over under such a digest, and a rollout is
+played with them. So are the other small files of a run's folder, and names in it. HDF5 files
 (one input in 200, as they take longer) are damaged likewise and read by the analysis in processes of their own, since
 HDF5 itself may crash or not return: such ends are counted apart. Memory is bounded, so that what asks for more fails.
 """
@@ -12,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -25,16 +29,28 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "analysis")]
 
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from test_checkpoint import FACTS, TENSORS, WHOLE  # noqa: E402
 
-from gala_mpi.checkpoint import Facts, decode, encode  # noqa: E402
-from gala_mpi.config import ConfigError, RecordConfig, load_preset, read_config  # noqa: E402
-from gala_mpi.run_folder import as_toml  # noqa: E402
+from gala_mpi import lease  # noqa: E402
+from gala_mpi.checkpoint import Checkpoint, CheckpointError, Facts, decode, encode  # noqa: E402
+from gala_mpi.checkpointer import Checkpointer, Identity, expect  # noqa: E402
+from gala_mpi.config import ConfigError, EnvironmentConfig, RecordConfig, load_preset, read_config  # noqa: E402
+from gala_mpi.environments import Episode, make_simulators  # noqa: E402
+from gala_mpi.lease import LEASE_FILE, LeaseError, check_free  # noqa: E402
+from gala_mpi.networks import MLPPolicy  # noqa: E402
+from gala_mpi.parameters import FlatParameters  # noqa: E402
+from gala_mpi.resume import Resumption  # noqa: E402
+from gala_mpi.rollout import Collector  # noqa: E402
+from gala_mpi.run_folder import as_toml, run_id_of, segments  # noqa: E402
+from gala_mpi.stopwatch import Stopwatch  # noqa: E402
 
 MEMORY_BYTES = 8 * 2**30
 EXTREME = (
@@ -118,6 +134,123 @@ def try_facts(chance: random.Random) -> str:
     return "read"
 
 
+@dataclasses.dataclass
+class Counters:
+    """As those of an exchange, which would start MPI."""
+
+    messages_sent: int = 0
+    message_age_s: float = math.nan
+
+
+class Rank:
+    """What a rank without MPI gives its state to, and takes it from."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.simulators = make_simulators(EnvironmentConfig(env="Acrobot-v1", simulators=2), 1)
+        policy = MLPPolicy(6, [8], 3, generator)
+        self.flat = FlatParameters(policy)
+        self.collector = Collector(self.simulators, policy, 2, 1, generator)
+        self.learner = SimpleNamespace(mean_square=torch.ones_like(self.flat.data))
+        self.stopwatch = Stopwatch()
+        self.exchange = SimpleNamespace(
+            counters=Counters(), in_neighbours=[], synchronous=False, go_on_from=self.take_heard
+        )
+        self.board = SimpleNamespace(go_on_from=self.take_steps, note_episodes=self.take_episodes, total_steps=0)
+        self.counts = np.zeros(4, np.int64)
+
+    def take_heard(self, update: int, heard: dict[int, int]) -> None:
+        """As an exchange does."""
+        self.counts[0] = max([update, *heard.values()])
+
+    def take_steps(self, agent_steps: list[int], update: int, episodes: int) -> None:
+        """As a board does, in integers of 64 bits."""
+        self.counts[1:] = agent_steps[0], update, episodes
+
+    def take_episodes(self, episodes: list[Episode], time_s: float) -> None:
+        """As a board does."""
+        np.array([(time_s, episodes[0].episode_return)], np.float64)
+
+
+@functools.cache
+def a_rank() -> tuple[Rank, Checkpointer, dict[str, np.ndarray]]:
+    """A rank, its checkpointer, and the tensors of a valid checkpoint of it."""
+    rank = Rank()
+    folder: Any = SimpleNamespace(best_return=lambda _: 0.0)
+    identity = Identity(FACTS.run_id, 1, 0, 2, {})
+    checkpointer = Checkpointer(folder, cast("Any", rank), identity, 300.0)
+    return rank, checkpointer, {name: np.array(values) for name, values in checkpointer._tensors().items()}
+
+
+EXTREME_NUMBERS = (0, -1, 1, 30, -30, 1e6, 1e7, 1e30, 1e300, math.inf, -math.inf, math.nan, 2**31, 2**62)
+
+
+def altered_tensor(values: np.ndarray, chance: random.Random) -> np.ndarray:
+    """The array with other numbers, of another shape, or of another kind."""
+    made = values.copy()
+    with np.errstate(all="ignore"):
+        match chance.randrange(5):
+            case 0 | 1 if made.size:
+                made.flat[chance.randrange(made.size)] = np.array(chance.choice(EXTREME_NUMBERS)).astype(made.dtype)
+            case 2:
+                made = np.resize(made, chance.choice(((), (0,), (1,), (made.size + 1,), (2, 2), made.shape[::-1])))
+            case 3:
+                made = made.astype(chance.choice((np.float64, np.float32, np.int64, np.uint8, np.bool_)))
+            case _:
+                made = np.full_like(made, np.array(chance.choice(EXTREME_NUMBERS)).astype(made.dtype))
+    return made
+
+
+def try_restore(chance: random.Random) -> str:
+    """State that is not what a run wrote, under a digest that fits: taken over, and a rollout played with it."""
+    rank, checkpointer, whole = a_rank()
+    tensors = dict(whole)
+    for _ in range(chance.choice((1, 1, 2, 5))):
+        name = chance.choice(list(tensors))
+        if chance.random() < 0.1:
+            del tensors[name]
+        else:
+            tensors[name] = altered_tensor(tensors[name], chance)
+    forged = dataclasses.replace(FACTS)
+    if chance.random() < 0.3:
+        text = altered_text(FACTS.to_json(), chance)
+        object.__setattr__(forged, "to_json", lambda: text)
+    try:
+        facts, found = decode(encode(tensors, forged))
+        checkpoint = Checkpoint(facts, found, Path("forged"))
+        expect(rank.flat, FACTS.run_id, checkpoint)
+    except (ValueError, CheckpointError):
+        return "refused"
+    steps = [facts.agent_steps, facts.agent_steps]
+    checkpointer.restore(Resumption(checkpoint, checkpoint, True, 2, steps, [facts.update] * 2, facts.time_s))
+    rollout = rank.collector.collect()
+    counters = np.array([value for value in vars(rank.exchange.counters).values() if type(value) is int], np.int64)
+    assert np.isfinite(rollout.rewards.numpy()).all() and (counters >= 0).all()
+    return "read"
+
+
+def try_folder(chance: random.Random) -> str:
+    """The small files of a run's folder with faults, and names that are nearly those of a run."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        folder = Path(place)
+        texts = {"run.json": json.dumps({"run_id": "0" * 32, "started": "now"})}
+        texts[LEASE_FILE] = json.dumps({"segment": 3, "ended": True})
+        for name, text in texts.items():
+            kinds = (text.encode(), altered_text(text, chance).encode(), damaged(text.encode(), chance))
+            (folder / name).write_bytes(chance.choice(kinds))
+        for name in ("config.2.toml", "rank-00000.1.h5", "checkpoints"):
+            made = altered_text(name, chance).replace("/", "").replace("\0", "")[:100]
+            if made.strip("."):
+                (folder / made).write_bytes(b"")
+        assert all(number >= 0 for number in segments(folder))
+        try:
+            run_id_of(folder)
+            check_free(folder, 1)
+        except (ConfigError, LeaseError):
+            return "refused"
+    return "read"
+
+
 PRESETS = [as_toml(load_preset(name)) for name in ("gala-atari", "cartpole")]
 
 
@@ -186,8 +319,6 @@ def try_files(seed: int, whole: bytes, folder: str) -> list[str]:
 
 def whole_file(folder: Path) -> bytes:
     """A valid file of a rank, with rows in every table."""
-    import numpy as np
-
     from gala_mpi.recorder import Recorder
     from gala_mpi.schema import TABLES
 
@@ -215,7 +346,11 @@ def main() -> int:
         "checkpoint": try_checkpoint,
         "facts": try_facts,
         "configuration": try_config,
+        "state": try_restore,
+        "folder": try_folder,
     }
+    # Whoever finds a lease that was not given back would wait.
+    lease.WAIT_S = 0.0
     counts: dict[str, Counter[str]] = {name: Counter() for name in (*loaders, "metrics")}
     wrong: list[str] = []
     begin = time.monotonic()

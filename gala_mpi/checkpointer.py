@@ -7,13 +7,12 @@ import logging
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from gala_mpi.board import Board
 from gala_mpi.checkpoint import (
     LARGEST_COUNT,
     RECENT_EPISODES,
@@ -23,13 +22,16 @@ from gala_mpi.checkpoint import (
     Facts,
 )
 from gala_mpi.environments import Episode
-from gala_mpi.exchange import Exchange
 from gala_mpi.files import first_line
 from gala_mpi.learner import Learner
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.resume import Resumption
 from gala_mpi.rollout import Collector
 from gala_mpi.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from gala_mpi.board import Board
+    from gala_mpi.exchange import Exchange
 
 PARAMETERS, MEAN_SQUARE = "parameters.", "optimiser.mean_square."
 # Fewer episodes do not tell which policy is the best.

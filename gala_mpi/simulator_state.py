@@ -18,8 +18,8 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
 SAVABLE = "gymnasium.envs.classic_control."
 PLAIN_WRAPPERS = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
-# Of angles, positions and velocities of classic control: far beyond what any of them comes to.
-LARGEST_STATE = 1e6
+# Of angles, positions and velocities of classic control: Acrobot comes to 9 pi a second, the others to less.
+LARGEST_STATE = 30.0
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -16,6 +16,7 @@ from test_analysis import episode, run_script, write_rank
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fuzz
 
+from gala_mpi import lease
 from gala_mpi.run_folder import rank_file
 
 
@@ -184,8 +185,12 @@ def test_results_are_not_written_through_a_link(script: str, tmp_path: Path) -> 
     assert (tmp_path / "precious").read_text() == "mine" and not list((tmp_path / "run").glob("*.csv"))
 
 
-@pytest.mark.parametrize("loader", [fuzz.try_checkpoint, fuzz.try_facts, fuzz.try_config])
-def test_damaged_inputs_are_read_or_refused(loader: object) -> None:
+LOADERS = [fuzz.try_checkpoint, fuzz.try_facts, fuzz.try_config, fuzz.try_restore, fuzz.try_folder]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_damaged_inputs_are_read_or_refused(loader: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WAIT_S", 0.0)
     found = [loader(random.Random(f"test-{number}")) for number in range(3000)]  # type: ignore[operator]
     # Some damage is to what does not matter; most is not.
     assert set(found) <= {"read", "refused"} and found.count("refused") > 1000
