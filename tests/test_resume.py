@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -175,21 +176,53 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_curve_over_the_seam_shows_no_dip(one_mpi: Mpi, tmp_path: Path) -> None:
+def test_a_curve_over_the_seam_shows_no_dip(mpi: Mpi, tmp_path: Path) -> None:
+    """Stopped while it climbs, and changed in nothing: what the policy or the optimiser lost would show at once."""
     run = tmp_path / "run"
-    done = one_mpi.run(4, *TRAIN, "--preset", "cartpole", "--out", str(run), timeout_s=240)
-    assert done.returncode == 0
-    resume(one_mpi, run, 4, "--total-steps", "600_000", "--learning-rate", "0.0003", timeout_s=240)
+    # A quarter of the budget. Of 8 runs that were not stopped there the next 100 episodes were all longer in the mean.
+    done = mpi.run(4, "-c", STOPS, "490", "--preset", "cartpole", "--out", str(run), timeout_s=240)
+    assert done.returncode == 75, done.stderr
+    said = resume(mpi, run, 4, timeout_s=240)
+    assert "changed:" not in said
     table = read_run(run).table("episodes").sort_values("time_s")
-    before = table[table["segment"] == 0]["episode_return"].iloc[-100:].mean()
-    after = table[table["segment"] == 1]["episode_return"].iloc[:100].mean()
-    assert before >= 475 and after >= 0.95 * before
+    before = table[table["segment"] == 0]["episode_return"].iloc[-100:]
+    after = table[table["segment"] == 1]["episode_return"].iloc[:100]
+    noise = math.sqrt((before.var() + after.var()) / 100)
+    assert after.mean() >= before.mean() - 2 * noise
+    assert table["episode_return"].iloc[-100:].mean() >= 475
+
+
+# Each rank writes down every update when it is done, at once.
+NOTES = """
+import os, sys
+from gala_mpi import agent, cli
+folder, train = sys.argv.pop(1), agent.Agent.train
+def noting(self, stop):
+    notes = os.open(f"{folder}/{self._comm.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    return train(self, stop, lambda update: os.write(notes, f"{update} {self._now_s()}\\n".encode()))
+agent.Agent.train = noting
+sys.exit(cli.train(sys.argv[1:]))
+"""
 
 
 def test_killed_ranks_lose_no_more_than_an_interval(mpi: Mpi, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start_long_run(mpi, run, 3, "--checkpoint-every-s", "0.5", "--record-every", "1")
-    time.sleep(2)
+    args = (
+        "--preset",
+        "cartpole",
+        "--total-steps",
+        "1_000_000_000",
+        "--learning-rate-decay",
+        "none",
+        "--out",
+        str(run),
+    )
+    cadence = ("--checkpoint-every-s", "0.5", "--flush-every-s", "0.5", "--record-every", "1")
+    process = mpi.start(3, "-c", NOTES, str(tmp_path), *args, *cadence)
+    deadline = time.monotonic() + 60
+    while len(list(run.glob("rank-*.h5"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(5)
     kill(process)
     process.communicate(timeout=30)
     facts = [newest(run, rank).facts for rank in range(3)]
@@ -197,9 +230,16 @@ def test_killed_ranks_lose_no_more_than_an_interval(mpi: Mpi, tmp_path: Path) ->
     for rank, mine in enumerate(facts):
         with h5py.File(run / f"rank-{rank:05d}.h5", "r", swmr=True, locking=False) as file:
             rows = file["updates"][:]
+        done = [line.split() for line in (tmp_path / str(rank)).read_text().splitlines()]
+        last, last_s = int(done[-1][0]), float(done[-1][1])
         lost[rank] = int((rows["update"] > mine.update).sum())
-        # Rows are flushed every half second, checkpoints written as often.
-        assert abs(rows["time_s"][-1] - mine.time_s) < 1.5
+        # Rows are flushed every half second, checkpoints written as often; an update, and the writing, come on top.
+        assert mine.update > 0 and rows["update"][-1] <= last + 1
+        assert last_s - rows["time_s"][-1] < 1.0 and last_s - mine.time_s < 1.0, (
+            last_s,
+            rows["time_s"][-1],
+            mine.time_s,
+        )
     resume(mpi, run, 3, "--total-steps", str(sum(f.agent_steps for f in facts) + 3 * 64 * 20))
     table = read_run(run).table("updates")
     for rank, mine in enumerate(facts):
