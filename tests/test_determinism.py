@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import Mpi
 
 from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, read
+from gala_mpi.run_folder import rank_file
 
 TRAIN = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--total-steps", "12_800")
 
@@ -24,21 +26,12 @@ def same(first: Checkpoint, second: Checkpoint) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    ("size", "args"),
-    [
-        (1, ()),
-        (1, ("--precision", "bfloat16")),
-        (3, ("--exchange", "allreduce")),
-        (3, ("--exchange", "none", "--budget", "per-rank")),
-    ],
-    ids=["one rank", "bfloat16", "allreduce", "none"],
-)
-def test_a_run_is_the_same_to_the_bit_each_time(one_mpi: Mpi, size: int, args: tuple[str, ...], tmp_path: Path) -> None:
+def check_same(mpi: Mpi, size: int, args: tuple[str, ...], folder: Path) -> None:
+    """Two runs with one seed are the same to the bit, and one with another is not."""
     found = []
     for number, seed in enumerate((5, 5, 6)):
-        run = tmp_path / str(number)
-        done = one_mpi.run(size, *TRAIN, *args, "--seed", str(seed), "--out", str(run))
+        run = folder / str(number)
+        done = mpi.run(size, *TRAIN, *args, "--seed", str(seed), "--out", str(run))
         assert done.returncode == 0, done.stderr
         found.append(ends(run, size))
     for first, again, other in zip(*found, strict=True):
@@ -46,9 +39,37 @@ def test_a_run_is_the_same_to_the_bit_each_time(one_mpi: Mpi, size: int, args: t
         assert same(first, again) and not same(first, other)
 
 
-def test_gossip_begins_with_the_same_parameters_on_all_ranks_and_streams_of_their_own(
-    one_mpi: Mpi, tmp_path: Path
+@pytest.mark.parametrize("args", [(), ("--precision", "bfloat16")], ids=["float32", "bfloat16"])
+def test_a_run_of_one_rank_is_the_same_to_the_bit_each_time(
+    one_mpi: Mpi, args: tuple[str, ...], tmp_path: Path
 ) -> None:
+    check_same(one_mpi, 1, args, tmp_path)
+
+
+@pytest.mark.parametrize("args", [("allreduce",), ("none", "--budget", "per-rank")], ids=["allreduce", "none"])
+def test_a_run_in_step_or_without_exchange_is_the_same_to_the_bit_each_time(
+    mpi: Mpi, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    check_same(mpi, 3, ("--exchange", *args), tmp_path)
+
+
+def test_ranks_that_share_nothing_but_the_budget_differ_in_their_ends_alone(one_mpi: Mpi, tmp_path: Path) -> None:
+    args = ("--exchange", "none", "--learning-rate-decay", "none", "--record-every", "1", "--seed", "5")
+    rows = []
+    for number in range(2):
+        run = tmp_path / str(number)
+        assert one_mpi.run(3, *TRAIN, *args, "--out", str(run)).returncode == 0
+        for rank in range(3):
+            with h5py.File(rank_file(run, rank), "r") as file:
+                rows.append(file["updates"][:])
+    for first, again in zip(rows[:3], rows[3:], strict=True):
+        count = min(len(first), len(again))
+        assert count > 20
+        for name in ("agent_steps", "policy_loss", "value_loss", "entropy", "grad_norm", "update_norm"):
+            np.testing.assert_array_equal(first[name][:count], again[name][:count], err_msg=name)
+
+
+def test_gossip_begins_with_the_same_parameters_on_all_ranks_and_streams_of_their_own(mpi: Mpi, tmp_path: Path) -> None:
     firsts = []
     for number in range(2):
         run = tmp_path / str(number)

@@ -108,10 +108,10 @@ def test_a_simulator_that_raises_ends_all_ranks_with_checkpoints(mpi: Mpi, excha
 )
 @pytest.mark.parametrize("size", [1, 2])
 def test_what_breaks_one_rank_is_named_and_ends_the_run(
-    one_mpi: Mpi, size: int, fault: str, said: str, tmp_path: Path
+    mpi: Mpi, size: int, fault: str, said: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    done = run_faulty(one_mpi, fault, size, run, *LONG)
+    done = run_faulty(mpi, fault, size, run, *LONG)
     assert done.returncode == 1, done.stderr
     assert re.search(rf"\[{size - 1}/{size}\] .*{said}", done.stderr), done.stderr
     assert_closed(run, size, failed={size - 1})
