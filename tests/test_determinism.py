@@ -69,7 +69,9 @@ def test_ranks_that_share_nothing_but_the_budget_differ_in_their_ends_alone(one_
             np.testing.assert_array_equal(first[name][:count], again[name][:count], err_msg=name)
 
 
-def test_gossip_begins_with_the_same_parameters_on_all_ranks_and_streams_of_their_own(one_mpi: Mpi, tmp_path: Path) -> None:
+def test_gossip_begins_with_the_same_parameters_on_all_ranks_and_streams_of_their_own(
+    one_mpi: Mpi, tmp_path: Path
+) -> None:
     firsts = []
     for number in range(2):
         run = tmp_path / str(number)
