@@ -44,8 +44,9 @@ from gala_mpi.preparation import (
 from gala_mpi.resume import Resumption, find_checkpoints
 from gala_mpi.rollout import Collector
 from gala_mpi.run_folder import RunInfo
+from gala_mpi.signals import StopRequest
 from gala_mpi.stopwatch import Stopwatch
-from gala_mpi.waiting import StopRequest, Watchdog, wait_until
+from gala_mpi.waiting import Watchdog, wait_until
 from gala_mpi.window import MpiError
 
 if TYPE_CHECKING:

@@ -7,16 +7,13 @@ could be written; 75 stopped by a signal before that: --resume goes on.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -28,9 +25,10 @@ from gala_mpi.environments import check_environment
 from gala_mpi.lease import Lease
 from gala_mpi.resume import check_changes
 from gala_mpi.run_folder import RunInfo, create_run, discard_run, holds_a_run, reopen_run, run_id_of, saved_config
+from gala_mpi.signals import StopRequest, heard_by
 from gala_mpi.stopwatch import profile_table
 from gala_mpi.topology import TOPOLOGIES, make_topology
-from gala_mpi.waiting import StopRequest, Watchdog
+from gala_mpi.waiting import Watchdog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -70,7 +68,7 @@ def train(args: list[str]) -> int:
     stop = StopRequest()
     # From the start on: a job may be preempted before its first update, and others wait in MPI's start for a rank that
     # an exception ends there.
-    with _signals(stop):
+    with heard_by(stop):
         return under_mpi(lambda comm: _train(args, comm, stop))
 
 
@@ -318,39 +316,6 @@ def _print_once(text: str) -> int:
     if _speaks_for_launcher():
         print(text)
     return 0
-
-
-@contextlib.contextmanager
-def _signals(stop: StopRequest) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 ask for the end; another one ends the process, whose files are whole at any time."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    # Ignored by jobs/outlive.sh: MPICH's launcher tells survivors of another's death by it.
-    if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
-        numbers.append(signal.SIGUSR1)
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-
-    def listen() -> None:
-        # Python runs a handler between two steps of its own: not while the main thread waits within a library.
-        asked_at_s = math.inf
-        while found := os.read(heard, 64):
-            for number in set(found) & set(numbers):
-                asked_at_s = min(asked_at_s, time.monotonic())
-                # Launchers may send the same one twice.
-                if time.monotonic() - asked_at_s > GRACE_S:
-                    os._exit(128 + number)
-        os.close(heard)
-
-    fd_before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    threading.Thread(target=listen, name="signals", daemon=True).start()
-    before = {number: signal.signal(number, lambda n, _: stop(signal.Signals(n).name)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(fd_before)
-        os.close(told)
 
 
 def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -46,16 +45,6 @@ def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
 def meet(comm: Intracomm, timeout_s: float) -> bool:
     """Wait for all ranks of `comm` to come here; False if one has not within `timeout_s` seconds. Collective."""
     return wait_until(comm.Ibarrier().Test, timeout_s)
-
-
-@dataclass
-class StopRequest:
-    """Set from a signal handler, or by an `on_update` callback, to end the run at the next update."""
-
-    reason: str | None = None
-
-    def __call__(self, reason: str) -> None:
-        self.reason = self.reason or reason
 
 
 class Watchdog:

@@ -25,6 +25,7 @@ ORDER = (
         "graphs.command",
         "parameters",
         "_native",
+        "signals",
         "waiting",
         "window",
         "mailbox",
