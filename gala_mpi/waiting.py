@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+from gala_mpi import _native
+
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
@@ -20,6 +22,12 @@ LONGEST_SLEEP_S = 0.001
 WATCH_EVERY_S = 0.5
 # Beyond a limit, for a process that is busy rather than locked.
 LOCKED_FOR_S = 5.0
+LONGEST_WATCH_S = 1e6
+LOCKED = (
+    "nothing of Python has run for over %g s: a library has its lock (a simulator, or HDF5 on a dead file system)"
+)
+# A sleep that took so long tells of a process that was stopped.
+STOPPED_FROM_S = 5.0
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
@@ -51,11 +59,11 @@ class Watchdog:
     """A deadline for calls that block inside MPI, where nothing else can be done any more: the process ends.
 
     Its exit without MPI_Finalize makes the launcher end the whole job. For collective calls, which are faster
-    when they block than when they are polled.
+    when they block than when they are polled. Time for which the process was stopped does not count.
 
     Code that holds the interpreter's lock for ever (HDF5 on a file system that does not answer, a simulator in C) stops
-    the thread that watches, too. So that thread also puts off, again and again, the end that a thread without Python
-    would make of the process: it comes some seconds after the longest of the last limits.
+    the thread that watches, too. So that thread in turn is watched by one without Python, which ends the process some
+    seconds after the longest of the last limits.
     """
 
     _recent_s: ClassVar[deque[float]] = deque(maxlen=8)
@@ -63,6 +71,8 @@ class Watchdog:
     def __init__(self, name: str) -> None:
         self._name = name
         self._deadline_s, self._complaint = float("inf"), ""
+        # It prints the stack of a process that ends by SIGABRT.
+        faulthandler.enable()
         threading.Thread(target=self._watch, daemon=True).start()
 
     @contextmanager
@@ -77,10 +87,14 @@ class Watchdog:
             self._deadline_s = float("inf")
 
     def _watch(self) -> None:
-        while time.monotonic() < self._deadline_s:
+        while (now := time.monotonic()) < self._deadline_s:
             if self._recent_s:
-                faulthandler.dump_traceback_later(max(tuple(self._recent_s)) + LOCKED_FOR_S, exit=True)
+                longest_s = min(max(tuple(self._recent_s)), LONGEST_WATCH_S)
+                _native.watch(longest_s + LOCKED_FOR_S, f"{self._name} error: {LOCKED % longest_s}\n")
             time.sleep(WATCH_EVERY_S)
+            slept_s = time.monotonic() - now
+            if slept_s > STOPPED_FROM_S:
+                self._deadline_s += slept_s
         print(f"{self._name} error: {self._complaint}; every thread was here:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(1)

@@ -9,6 +9,7 @@
 
 #include "learn.h"
 #include "mix.h"
+#include "watch.h"
 
 static const char *const wire_names[WIRE_COUNT] = {"float32", "bfloat16", "float16"};
 /* Formats, besides bytes, that a buffer of each wire type may have. */
@@ -667,6 +668,33 @@ static PyObject *py_load(PyObject *Py_UNUSED(module), PyObject *object)
     return PyLong_FromLongLong(value);
 }
 
+PyDoc_STRVAR(watch_doc,
+"watch(seconds, message)\n--\n\n"
+"End the process by SIGABRT, after the message on stderr, unless called again within so many seconds.\n\n"
+"It is a thread without Python that does so: for a process in which somebody holds the interpreter's lock. The time\n"
+"for which the process is stopped does not count. seconds: 0 for no longer, else rounded up to quarters, 10 million at\n"
+"most; message: of 255 bytes at most, what is longer is cut. Raises ValueError; RuntimeError if no thread can be\n"
+"started. Local.");
+
+static PyObject *py_watch(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"seconds", "message", NULL};
+    double seconds;
+    const char *message;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ds", names, &seconds, &message))
+        return NULL;
+    if (!(seconds >= 0 && seconds <= 1e7)) {
+        PyErr_SetString(PyExc_ValueError, "seconds must be from 0 to 10 million");
+        return NULL;
+    }
+    if (watch((int)ceil(seconds * WATCH_TICKS_PER_SECOND), message) < 0) {
+        PyErr_SetString(PyExc_RuntimeError, "no thread can be started");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"mix", (PyCFunction)(void (*)(void))py_mix, METH_VARARGS | METH_KEYWORDS, mix_doc},
@@ -679,6 +707,7 @@ static PyMethodDef methods[] = {
     {"swap", (PyCFunction)(void (*)(void))py_swap, METH_VARARGS | METH_KEYWORDS, swap_doc},
     {"load", py_load, METH_O, load_doc},
     {"sketch", (PyCFunction)(void (*)(void))py_sketch, METH_VARARGS | METH_KEYWORDS, sketch_doc},
+    {"watch", (PyCFunction)(void (*)(void))py_watch, METH_VARARGS | METH_KEYWORDS, watch_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -705,7 +734,7 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gala_mpi._native",
     .m_doc = "Kernels over flat parameters: pack, mix, exchange, all_finite, average, checksum, sketch and rmsprop; and\n"
-             "scale_frames. Atomics on a word that processes share: swap and load.",
+             "scale_frames. Atomics on a word that processes share: swap and load. A watch over the interpreter's lock.",
     .m_methods = methods,
     .m_slots = slots,
 };

@@ -597,3 +597,11 @@ def test_rmsprop_refuses_what_it_cannot_take() -> None:
     square.flags.writeable = False
     with pytest.raises(ValueError, match="square: expected a writable"):
         _native.rmsprop(data, grad, square, *numbers)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 1.1e7, np.nan, np.inf])
+def test_a_watch_takes_a_time_that_it_can_count(seconds: float) -> None:
+    with pytest.raises(ValueError, match="seconds"):
+        native.watch(seconds, "")
+    native.watch(1e7, "never")
+    native.watch(0, "x" * 1000)
