@@ -602,6 +602,6 @@ def test_rmsprop_refuses_what_it_cannot_take() -> None:
 @pytest.mark.parametrize("seconds", [-1.0, 1.1e7, np.nan, np.inf])
 def test_a_watch_takes_a_time_that_it_can_count(seconds: float) -> None:
     with pytest.raises(ValueError, match="seconds"):
-        native.watch(seconds, "")
-    native.watch(1e7, "never")
-    native.watch(0, "x" * 1000)
+        _native.watch(seconds, "")
+    _native.watch(1e7, "never")
+    _native.watch(0, "x" * 1000)
