@@ -23,9 +23,7 @@ WATCH_EVERY_S = 0.5
 # Beyond a limit, for a process that is busy rather than locked.
 LOCKED_FOR_S = 5.0
 LONGEST_WATCH_S = 1e6
-LOCKED = (
-    "nothing of Python has run for over %g s: a library has its lock (a simulator, or HDF5 on a dead file system)"
-)
+LOCKED = "nothing of Python has run for over %g s: a library has its lock (a simulator, or HDF5 on a dead file system)"
 # A sleep that took so long tells of a process that was stopped.
 STOPPED_FROM_S = 5.0
 
