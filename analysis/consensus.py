@@ -66,7 +66,7 @@ def draw(data: pd.DataFrame, run: Run, path: Path) -> None:
             )
         axes.legend(frameon=False)
     error = np.sqrt(2 / int(run.attributes("sketches")["dimension"]))
-    axes.set_title(f"{plain(run.env_id)}, {run.size} ranks: consensus distance (squared: standard error {error:.1%})")
+    axes.set_title(f"{plain(run.env_id)}, {run.sizes}: consensus distance (squared: standard error {error:.1%})")
     axes.set_xlabel("time (minutes)")
     axes.set_ylabel("distance of parameters to the mean of all ranks")
     axes.set_ylim(bottom=0)
@@ -93,7 +93,7 @@ def main() -> None:
     else:
         distance = data["distance_to_mean"]
         print(
-            f"{run.folder}: {data['instant'].nunique()} instants, {run.size} ranks; distance to the mean: median "
+            f"{run.folder}: {data['instant'].nunique()} instants, {run.sizes}; distance to the mean: median "
             f"{distance.median():.3g}, greatest (epsilon) {distance.max():.3g}, "
             f"{data['relative_distance'].max():.2%} of the mean's norm"
         )

@@ -78,13 +78,13 @@ def draw(curves: list[pd.DataFrame], runs: list[Run], x: str, window: int, path:
         along, resumed = (
             table["agent_steps"] / 1e6 if x == "steps" else table["time_s"] / 60 for table in (data, seams(run))
         )
-        for place in resumed:
-            axes.axvline(place, color=colour, linewidth=0.8, linestyle=":")
+        for number, place in enumerate(resumed):
+            axes.axvline(place, color=colour, linewidth=0.8, linestyle=":", label="" if number else "resumed")
         axes.plot(along, data["episode_return"], ".", color=colour, alpha=0.15, markersize=3, markeredgewidth=0)
         axes.plot(along, data["mean_return"], color=colour, linewidth=1.8, label=plain(run.folder.resolve().name))
     axes.set_xlabel("agent steps of all ranks (millions)" if x == "steps" else "time (minutes)")
     axes.set_ylabel(f"episode return ({runs[0].units('episodes')['episode_return']})")
-    tasks = ", ".join(sorted({f"{plain(run.env_id)}, {run.size} rank{'s' if run.size > 1 else ''}" for run in runs}))
+    tasks = ", ".join(sorted({f"{plain(run.env_id)}, {run.sizes}" for run in runs}))
     axes.set_title(f"{tasks}: mean of the last {window} episodes")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ Reads files that are still being written, and files whose writer was killed. Nee
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -77,6 +78,12 @@ class Run:
     def size(self) -> int:
         """Ranks of the last segment."""
         return self.segments[-1].size
+
+    @property
+    def sizes(self) -> str:
+        """The numbers of ranks of the segments, in words, each once where they follow each other."""
+        sizes = [str(size) for size, _ in itertools.groupby(segment.size for segment in self.segments)]
+        return f"{', then '.join(sizes)} rank{'' if sizes == ['1'] else 's'}"
 
     @property
     def missing(self) -> list[int]:

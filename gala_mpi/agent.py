@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from gala_mpi.board import Board, Overview, board_bytes
+from gala_mpi.checkpoint import LARGEST_COUNT
 from gala_mpi.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import TrainConfig
@@ -133,6 +134,12 @@ class Agent:
             self._begin_s = resumption.time_s
             self._checkpointer.restore(resumption)
         self._steps_before = self._board.total_steps
+        self.origin: list[str] = []
+        """A line on what a run that was resumed goes on from; none for a new one."""
+        if resumption is not None:
+            updates = [update for update in resumption.updates if update < LARGEST_COUNT]
+            between = f"updates {min(updates):,} to {max(updates):,}"
+            self.origin = [f"goes on from {self._steps_before:,} steps (checkpoints of {between})"]
         # The same instant on all ranks, from which they count; from then on by a clock that is never set back.
         comm.Barrier()
         self._zero_s = time.monotonic() - self._begin_s
@@ -156,7 +163,7 @@ class Agent:
         )
         if comm.rank == 0:
             if resumption is None:
-                log.warning("%s holds no checkpoint yet: the run begins anew", info.folder)
+                log.warning("%s holds no checkpoint: the run begins anew", info.folder)
             elif resumption.size_before != comm.size:
                 log.warning(
                     "changed: ranks from %d to %d: rank r goes on from rank r modulo %d; "

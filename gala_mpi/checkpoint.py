@@ -195,12 +195,16 @@ class CheckpointFolder:
 
     def newest_first(self) -> list[Path]:
         """The files by their names: of the last segment, the last update, first. Empty if there is no folder."""
+        return [path for _, _, path in self._numbered()]
+
+    def _numbered(self) -> list[tuple[int, int, Path]]:
+        """Segment, update and path, the newest first."""
         found = []
         with contextlib.suppress(FileNotFoundError):
             for path in self.path.iterdir():
                 if match := NAME.fullmatch(path.name):
                     found.append((int(match[1]), int(match[2]), path))
-        return [path for _, _, path in sorted(found, reverse=True)]
+        return sorted(found, reverse=True)
 
     def save(self, tensors: Tensors, facts: Facts, *, best: bool) -> None:
         """Write a checkpoint, as the best one too if it is, and remove what is too old. Raises OSError."""
@@ -211,8 +215,10 @@ class CheckpointFolder:
                 folder.mkdir(exist_ok=True)
                 sync_folder(folder.parent)
         mine = self.path / f"segment-{facts.segment}-update-{facts.update:012d}.safetensors"
-        # First, so that no later one says that it had a better one before, which nobody has.
-        if best:
+        # First, so that no later one says that it had a better one before, which nobody has. Not by a start that was
+        # taken for dead: the best one belongs to that which went on.
+        later = any(segment > facts.segment for segment, _, _ in self._numbered())
+        if best and not later:
             write_file(self.path / BEST, data)
         write_file(mine, data)
         for path in (*self.newest_first()[self._keep :], *self.path.glob("*.tmp")):

@@ -107,15 +107,18 @@ class Checkpointer:
         try:
             self._folder.save(self._tensors(), facts, best=best)
         except OSError as error:
+            if not self.failing:
+                log.warning(
+                    "%s: no checkpoint can be written (%s); tried again every %g s, and at the end: make room, or put "
+                    "the folder back",
+                    self._folder.path,
+                    first_line(error),
+                    self._every_s,
+                )
             self.failing = True
-            log.warning(
-                "%s: no checkpoint can be written (%s); the run goes on, and tries again in %g s: make room, or put "
-                "the folder back",
-                self._folder.path,
-                first_line(error),
-                self._every_s,
-            )
         else:
+            if self.failing:
+                log.warning("%s: checkpoints are written again", self._folder.path)
             self.failing, self._best_return = False, facts.best_return
 
     def _tensors(self) -> dict[str, npt.NDArray[Any]]:

@@ -167,12 +167,12 @@ def _train(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
                 discard_run(info)
             raise
     if comm.rank == 0:
-        print("\n".join([_banner(config, comm, info), *changes]), flush=True)
+        print("\n".join([_banner(config, comm, info), *agent.origin, *changes]), flush=True)
     summary = agent.train(stop)
     if comm.rank == summary.speaker:
         if config.run.profile:
             print(profile_table(summary.profile, summary.updates))
-        print(_farewell(summary, info, config), flush=True)
+        print(_farewell(summary, info, config, taken_over=lease.lost), flush=True)
         lease.end()
     code = _exit_code(summary)
     if summary.lost:
@@ -214,13 +214,19 @@ def _read(args: list[str], size: int) -> tuple[TrainConfig, list[str]]:
     config = check(parse(args), size)
     folder = config.run.resume
     before = None if folder is None else saved_config(folder)
-    return config, [] if folder is None or before is None else check_changes(before, config, folder)
+    if folder is None:
+        return config, []
+    if before is None:
+        return config, [f"{folder} holds no configuration: all settings are those given here, or the preset's"]
+    return config, check_changes(before, config, folder)
 
 
 def parse(args: list[str]) -> TrainConfig:
     """The configuration that the arguments describe, on top of the preset that they name, or the run they resume."""
     preset, resume = _option(args, "--preset"), _option(args, "--resume")
     before = None
+    if resume is not None and not Path(resume).is_dir():
+        raise ConfigError("resume", resume, "the folder of a run, which is there")
     if resume is not None and preset is None:
         before = saved_config(Path(resume))
         env = before.environment.env if before else ""
@@ -314,7 +320,11 @@ def _refuse_once(error: UsageError) -> int:
 def _print_once(text: str) -> int:
     """Print on one rank, without starting MPI: help works on a login node too."""
     if _speaks_for_launcher():
-        print(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            # Who reads has seen enough; nothing is to be flushed at the end either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -322,7 +332,9 @@ def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
     from gala_mpi.window import library_version
 
     exchange = config.exchange.exchange
-    how = f"{exchange} over a {config.exchange.topology}" if exchange == "gossip" else f"exchange {exchange}"
+    topology = config.exchange.topology
+    graph = f"a {topology}" if topology in TOPOLOGIES else f"the edge list {topology}"
+    how = f"{exchange} over {graph}" if exchange == "gossip" else f"exchange {exchange}"
     ranks = "1 rank" if comm.size == 1 else f"{comm.size} ranks"
     return (
         f"gala-mpi {__version__}: {config.environment.env}, {ranks} x {config.environment.simulators} "
@@ -330,7 +342,7 @@ def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
     )
 
 
-def _farewell(summary: Summary, info: RunInfo, config: TrainConfig) -> str:
+def _farewell(summary: Summary, info: RunInfo, config: TrainConfig, *, taken_over: bool) -> str:
     from gala_mpi.monitor import returns_line
 
     returns = returns_line(summary.overview)
@@ -338,11 +350,14 @@ def _farewell(summary: Summary, info: RunInfo, config: TrainConfig) -> str:
     speed = summary.new_steps / max(summary.seconds, 1e-9)
     missed = f"lost ranks: {', '.join(map(str, summary.lost))}\n" if summary.lost else ""
     missed += f"ranks that ended by an error: {', '.join(map(str, summary.failed))}\n" if summary.failed else ""
-    unwritten = ", ".join(map(str, summary.unwritten))
-    missed += f"ranks that could not write all metrics and checkpoints: {unwritten}\n" if unwritten else ""
+    if summary.unwritten:
+        ranks = ", ".join(map(str, summary.unwritten))
+        missed += f"ranks that could not write all metrics, or their last checkpoint: {ranks} (make room there)\n"
     missed += f"ranks that diverged: {', '.join(map(str, summary.diverged))}\n" if summary.diverged else ""
     left = config.run.total_steps - summary.total_steps
-    if summary.stopped or left > 0:
+    if taken_over:
+        onward = ""
+    elif summary.stopped or left > 0:
         onward = f"; go on with --resume {info.folder}"
     else:
         onward = "" if summary.new_steps else f"; all {config.run.total_steps:,} steps were taken before: --total-steps"

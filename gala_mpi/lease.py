@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ LARGEST_BYTES = 1024
 BEAT_S = 1.0
 # Some beats: file systems round times, and may be slow.
 WAIT_S = 5.0
+log = logging.getLogger(__name__)
 
 
 class LeaseError(Exception):
@@ -39,9 +41,10 @@ def check_free(folder: Path, last: int) -> None:
     # A segment later than the lease is one that is only being begun, or was killed there.
     if before is not None and before[1] >= last and before[2]:
         return
+    log.warning("%s: has not ended in order; waiting %g s to see whether it still goes on", folder, WAIT_S)
     time.sleep(WAIT_S)
     if _look(folder) != before:
-        raise LeaseError(f"{LEASE_FILE} is still being touched")
+        raise LeaseError(f"{LEASE_FILE} is still being touched: end the job that holds it by a signal, or wait for it")
 
 
 def _look(folder: Path) -> tuple[tuple[int, int], int, bool] | None:

@@ -215,7 +215,7 @@ def check_changes(before: TrainConfig, now: TrainConfig, run: Path) -> list[str]
             if name in LEFT_OUT or new[name] == value:
                 continue
             if name in FIXED:
-                raise ConfigError(name, new[name], f"{value!r}, as in the run that goes on in {run}")
+                raise ConfigError(name, new[name], f"{value!r}, as in the run in {run}")
             meaning = MEANING.get(name, BY_SECTION[section])
             lines.append(f"changed: --{name.replace('_', '-')} from {value} to {new[name]}: {meaning}")
     return lines

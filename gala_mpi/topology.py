@@ -178,7 +178,9 @@ def make_topology(name: str, size: int, nodes: Sequence[str] | None = None) -> T
         return Topology(name, size, in_edges, in_weights, rotating)
     if Path(name).is_file():
         return _weighted(name, size, read_edge_list(Path(name), size))
-    raise ConfigError("topology", name, f"one of {', '.join(TOPOLOGIES)}, or the path of an edge list")
+    raise ConfigError(
+        "topology", name, f"one of {', '.join(TOPOLOGIES)}, or the path of an edge list (there is no such file)"
+    )
 
 
 def _metropolis(in_edges: tuple[tuple[int, ...], ...]) -> tuple[tuple[float, ...], ...]:

@@ -13,10 +13,12 @@ launcher=$! told=""
 
 # shellcheck disable=SC2329  # it is called by the traps
 tell() {
+    # In microseconds; the locale chooses the separator.
+    local now=${EPOCHREALTIME/[.,]/}
     if [[ -z "$told" ]]; then
-        told=$SECONDS
+        told=$now
         kill -USR1 "$launcher" 2> /dev/null
-    elif ((SECONDS > told)); then
+    elif ((now - told > 1000000)); then
         kill -TERM "$launcher" 2> /dev/null
     fi
 }

@@ -255,6 +255,13 @@ def test_a_best_one_is_there_before_any_says_so(tmp_path: Path, monkeypatch: pyt
     assert folder.best_return(10**6) == -math.inf
 
 
+def test_who_was_taken_for_dead_leaves_the_best_one_alone(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, 0, 3)
+    folder.save(TENSORS, dataclasses.replace(update(9, segment=1), best_return=5.0), best=True)
+    folder.save(TENSORS, dataclasses.replace(update(10), best_return=4.0), best=True)
+    assert folder.best_return(10**6) == 5.0 and len(folder.newest_first()) == 2
+
+
 def test_what_is_in_the_way_of_tidying_up_costs_no_checkpoint(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, 0, 1)
     (folder.path / "old.tmp").mkdir(parents=True)

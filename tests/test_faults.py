@@ -205,6 +205,7 @@ def test_a_full_disk_is_waited_out(mpi: Mpi, small_disk: Path) -> None:
         assert f"rank-{rank:05d}.h5: metrics cannot be written" in done.stderr
         assert f"rank-{rank:05d}: no checkpoint can be written" in done.stderr
         assert f"rank-{rank:05d}.h5: is written again" in done.stderr
+        assert f"rank-{rank:05d}: checkpoints are written again" in done.stderr
         table = updates(run, rank)
         assert len(table) > before[rank] and table["update"].tolist() == list(range(1, len(table) + 1))
         assert read(CheckpointFolder(run, rank).newest_first()[0], 10**7).facts.update == len(table)
@@ -223,7 +224,7 @@ def test_a_disk_that_stays_full_costs_what_could_not_be_written(one_mpi: Mpi, en
     done = finish(process, 100)
     # It filled what was left by itself.
     assert done.returncode == 5, done.stderr
-    assert "ranks that could not write all metrics and checkpoints: 0, 1" in done.stdout
+    assert "ranks that could not write all metrics, or their last checkpoint: 0, 1" in done.stdout
     for rank in range(2):
         table = updates(run, rank)
         assert len(table) > 0 and table["update"].tolist() == list(range(1, len(table) + 1))

@@ -63,6 +63,13 @@ def test_a_job_that_fails_is_not_queued_again(tmp_path: Path) -> None:
     assert not (tmp_path / "queue").exists()
 
 
+@pytest.mark.parametrize("given", ["--out", "--out=mine", "--resume"])
+def test_a_folder_among_the_arguments_is_refused(given: str, tmp_path: Path) -> None:
+    """The job would not find its run again once it is queued again."""
+    ended = finish(start(tmp_path, given, "mine"), 60)
+    assert ended.returncode == 2 and ended.stderr.startswith(f"{given}: set GALA_MPI_OUT")
+
+
 def test_a_rank_that_is_killed_on_the_way_does_not_keep_a_job_from_the_queue(tmp_path: Path) -> None:
     """srun gives the greatest code of all ranks, that of the killed one."""
     launcher = tmp_path / "bin" / "srun"
@@ -114,8 +121,10 @@ def test_a_second_signal_ends_a_launcher_that_pays_no_heed(tmp_path: Path) -> No
     )
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    # Whole seconds are what a shell counts in.
-    time.sleep(2.1)
+    # At once it may be the same one, passed on twice.
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)

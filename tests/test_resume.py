@@ -392,7 +392,7 @@ def test_a_rank_that_left_none_takes_another_ranks(one_mpi: Mpi, run: Path) -> N
 def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(one_mpi: Mpi, run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     said = resume(one_mpi, run, 2)
-    assert "holds no checkpoint yet: the run begins anew" in said
+    assert "holds no checkpoint: the run begins anew" in said
     table = read_run(run).table("updates")
     # All before it is void.
     assert (table["segment"] == 1).all() and table["agent_steps"].max() < 6_400

@@ -123,6 +123,7 @@ def judge_room(out: str, kind: str, found: Room | None, ranks: tuple[int, ...]) 
     values = {"type": kind, "free_bytes": found.free}
     message = f"{out} is on {kind}, {in_units(found.free)} free"
     if found.free < SCARCE_BYTES:
+        message += ", which is little"
         return Finding(
             "output.room", WARN, message, f"free space there, or --out DIR elsewhere than {out}", values, ranks
         )
