@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 STUCK = "the end of the run: the MPI library has not returned"
 STUCK_FILES = "writing metrics or a checkpoint: the file system has not answered"
+HOLDERS_OF_A_NODE = 2
 log = logging.getLogger(__name__)
 
 
@@ -104,6 +105,8 @@ class Agent:
         look_ahead(comm, window_bytes(config.exchange, self._flat, comm) + board_bytes(comm.size), info.folder)
         self._timeout_s = config.exchange.neighbour_timeout_s
         self._courier = Courier(comm, config.exchange.delivery)
+        if self._courier.node_rank(comm.rank) < HOLDERS_OF_A_NODE:
+            lease.hold()
         self._board = Board(comm, self._courier, self._timeout_s)
         self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm, self._courier, self._board.come_by)
         waits = config.run.profile and device.type == "cuda"
@@ -304,7 +307,7 @@ class Agent:
 
     def free(self) -> None:
         """Free windows and simulators. Collective; not to be called if a rank is lost."""
-        with self._watchdog.limit(self._timeout_s, STUCK):
+        with self._limit():
             self._courier.free()
             self._exchange.free()
             self._board.free()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,8 @@ class CheckpointFolder:
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
                 sync_folder(folder.parent)
+        # What killed writers left may be what fills the disk.
+        self._remove(self.path.glob("*.tmp"))
         mine = self.path / f"segment-{facts.segment}-update-{facts.update:012d}.safetensors"
         # First, so that no later one says that it had a better one before, which nobody has. Not by a start that was
         # taken for dead: the best one belongs to that which went on.
@@ -221,11 +223,14 @@ class CheckpointFolder:
         if best and not later:
             write_file(self.path / BEST, data)
         write_file(mine, data)
-        for path in (*self.newest_first()[self._keep :], *self.path.glob("*.tmp")):
-            # What cannot be removed is in nobody's way.
-            if path != mine:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        self._remove(path for path in self.newest_first()[self._keep :] if path != mine)
+
+    @staticmethod
+    def _remove(paths: Iterable[Path]) -> None:
+        """What cannot be removed is in nobody's way."""
+        for path in paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def best_return(self, largest_bytes: int) -> float:
         """That of the best one; minus infinity if there is none that can be used."""

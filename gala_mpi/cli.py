@@ -1,8 +1,8 @@
 """The command line: reads the configuration, checks it on all ranks at once, and runs the agent.
 
 Exit codes: 0 the budget or the time limit is reached; 1 an error, with its traceback; 2 a setting that cannot be used;
-3 as 0, but ranks were lost on the way; 4 as 0, but ranks ended as their parameters were not finite; 5 as 0, but not all
-could be written; 75 stopped by a signal before that: --resume goes on.
+3 as 0, but ranks were lost on the way; 4 as 0, but ranks ended as their parameters were not finite; 5 as 0 or 75, but
+not all could be written; 75 stopped by a signal before that: --resume goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gala_mpi import __version__, arguments
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, load_preset
 from gala_mpi.environments import check_environment
-from gala_mpi.lease import Lease
+from gala_mpi.lease import LEASE_FILE, Lease
 from gala_mpi.resume import check_changes
 from gala_mpi.run_folder import RunInfo, create_run, discard_run, holds_a_run, reopen_run, run_id_of, saved_config
 from gala_mpi.signals import StopRequest, heard_by
@@ -173,7 +173,8 @@ def _train(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
         if config.run.profile:
             print(profile_table(summary.profile, summary.updates))
         print(_farewell(summary, info, config, taken_over=lease.lost), flush=True)
-        lease.end()
+        with watchdog.limit(4 * config.exchange.neighbour_timeout_s, f"writing {LEASE_FILE}"):
+            lease.end()
     code = _exit_code(summary)
     if summary.lost:
         _leave(comm, code, speaks=comm.rank == summary.speaker)

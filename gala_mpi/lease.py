@@ -1,9 +1,9 @@
 """The lease of a run: tells a second start that a first one still goes on, before it has written anything too.
 
-`lease.json` names the segment that holds it. The rank that speaks for the run touches the file every BEAT_S from a
-thread of its own, also while the ranks set up; at an orderly end it notes that there. A start that finds a lease
-without that note waits for WAIT_S: if the file was touched meanwhile, the run goes on. The file is compared with itself
-alone, so clocks need not agree. All is local.
+`lease.json` names the segment that holds it. Some ranks touch the file every BEAT_S, each from a thread of its own:
+rank 0, also while the ranks set up; then two of each node, so that one may die; and the one that speaks for the run,
+which notes an orderly end there. A start that finds a lease without that note waits for WAIT_S: if the file was touched
+meanwhile, the run goes on. The file is compared with itself alone, so clocks need not agree. All is local.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _look(folder: Path) -> tuple[tuple[int, int], int, bool] | None:
 
 
 class Lease:
-    """A rank's part in holding the run in `folder` for `segment`; one rank at a time does."""
+    """A rank's part in holding the run in `folder` for `segment`."""
 
     def __init__(self, folder: Path, segment: int) -> None:
         self._folder, self._segment = folder, segment
@@ -85,15 +85,19 @@ class Lease:
         self._ending.set()
         self._thread.join(WAIT_S)
         # Without the note the next start only waits for longer.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, LeaseError):
+            self._look_for_another()
             if not self.lost:
                 write_lease(self._folder, self._segment - (not begun), ended=True)
+
+    def _look_for_another(self) -> None:
+        found = _look(self._folder)
+        self.lost |= found is not None and found[1] > self._segment
 
     def _run(self) -> None:
         while not self._ending.wait(BEAT_S):
             # What cannot be read or touched is no sign of another: the folder may be away for a while.
-            with contextlib.suppress(OSError, ValueError, LeaseError):
-                found = _look(self._folder)
-                self.lost |= found is not None and found[1] > self._segment
+            with contextlib.suppress(OSError, LeaseError):
+                self._look_for_another()
                 if not self.lost:
                     os.utime(self._folder / LEASE_FILE, follow_symlinks=False)

@@ -147,7 +147,11 @@ def _reopen(config: TrainConfig) -> RunInfo:
     try:
         check_free(folder, last)
         write_new_file(config_file(folder, segment), as_toml(config).encode())
-        write_lease(folder, segment)
+        try:
+            write_lease(folder, segment)
+        except OSError:
+            config_file(folder, segment).unlink()
+            raise
     except LeaseError as error:
         raise ConfigError("resume", str(folder), f"a run that has ended; {error}") from error
     except FileExistsError as error:

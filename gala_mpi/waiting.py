@@ -7,10 +7,9 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from gala_mpi import _native
 
@@ -20,12 +19,11 @@ if TYPE_CHECKING:
 YIELD_FOR_S = 0.002
 LONGEST_SLEEP_S = 0.001
 WATCH_EVERY_S = 0.5
+STDERR = 2
 # Beyond a limit, for a process that is busy rather than locked.
 LOCKED_FOR_S = 5.0
-LONGEST_WATCH_S = 1e6
-LOCKED = "nothing of Python has run for over %g s: a library has its lock (a simulator, or HDF5 on a dead file system)"
-# A sleep that took so long tells of a process that was stopped.
-STOPPED_FROM_S = 5.0
+LONGEST_S = 1e7
+LOCKED = "every thread waits for a library that holds the interpreter's lock"
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
@@ -60,39 +58,34 @@ class Watchdog:
     when they block than when they are polled. Time for which the process was stopped does not count.
 
     Code that holds the interpreter's lock for ever (HDF5 on a file system that does not answer, a simulator in C) stops
-    the thread that watches, too. So that thread in turn is watched by one without Python, which ends the process some
-    seconds after the longest of the last limits.
+    the thread that watches, too: some seconds later one without Python ends the process. Limits do not nest.
     """
-
-    _recent_s: ClassVar[deque[float]] = deque(maxlen=8)
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._deadline_s, self._complaint = float("inf"), ""
         # It prints the stack of a process that ends by SIGABRT.
-        faulthandler.enable()
+        faulthandler.enable(STDERR)
+        _native.running_s()
         threading.Thread(target=self._watch, daemon=True).start()
 
     @contextmanager
     def limit(self, timeout_s: float, complaint: str) -> Iterator[None]:
         """End the process with `complaint` if the block takes over `timeout_s` seconds."""
         self._complaint = complaint
-        self._recent_s.append(timeout_s)
-        self._deadline_s = time.monotonic() + timeout_s
+        self._deadline_s = _native.running_s() + timeout_s
+        _native.watch(min(timeout_s + LOCKED_FOR_S, LONGEST_S), f"{self._name} error: {complaint}; {LOCKED}\n")
         try:
             yield
         finally:
             self._deadline_s = float("inf")
+            _native.watch(0, "")
 
     def _watch(self) -> None:
-        while (now := time.monotonic()) < self._deadline_s:
-            if self._recent_s:
-                longest_s = min(max(tuple(self._recent_s)), LONGEST_WATCH_S)
-                _native.watch(longest_s + LOCKED_FOR_S, f"{self._name} error: {LOCKED % longest_s}\n")
+        while _native.running_s() < self._deadline_s:
             time.sleep(WATCH_EVERY_S)
-            slept_s = time.monotonic() - now
-            if slept_s > STOPPED_FROM_S:
-                self._deadline_s += slept_s
-        print(f"{self._name} error: {self._complaint}; every thread was here:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(1)
+        try:
+            print(f"{self._name} error: {self._complaint}; every thread was here:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(STDERR, all_threads=True)
+        finally:
+            os._exit(1)

@@ -4,12 +4,12 @@
 #   bash jobs/interruptible.sh mpirun -n 32 gala-mpi train --env ALE/Pong-v5
 #
 # Open MPI's mpirun, when it is told to end, kills the ranks a quarter of a second later. SIGUSR1 it passes on, and goes
-# on itself: that is what it gets here. Another signal, a second or more later, ends the launcher at once.
+# on itself: that is what it gets here, also when the terminal is closed. Another signal, over a second later, ends the
+# launcher at once.
 set -uo pipefail
-# A process group of its own: the terminal's Ctrl-C comes to this script alone.
+# A process group of its own for the launcher: the terminal's Ctrl-C comes to this script alone.
 set -m
-"$@" < /dev/null &
-launcher=$! told=""
+launcher="" told=""
 
 # shellcheck disable=SC2329  # it is called by the traps
 tell() {
@@ -17,17 +17,24 @@ tell() {
     local now=${EPOCHREALTIME/[.,]/}
     if [[ -z "$told" ]]; then
         told=$now
-        kill -USR1 "$launcher" 2> /dev/null
+        [[ -z "$launcher" ]] || kill -USR1 "$launcher" 2> /dev/null
     elif ((now - told > 1000000)); then
         kill -TERM "$launcher" 2> /dev/null
     fi
 }
-trap tell INT TERM USR1
+trap tell INT TERM USR1 HUP
 
-# A signal ends the wait, but not the launcher.
+"$@" < /dev/null &
+launcher=$!
+# Told before there was a launcher: it has run nothing yet.
+[[ -z "$told" ]] || kill -TERM "$launcher" 2> /dev/null
+# A signal ends a wait, but not the launcher.
 while
     wait "$launcher"
     code=$?
-    kill -0 "$launcher" 2> /dev/null
+    [[ "$code" -gt 128 ]] && kill -0 "$launcher" 2> /dev/null
 do :; done
+# It may have ended between the two; 127: the first has told its code.
+wait "$launcher" && ended=0 || ended=$?
+[[ "$ended" == 127 ]] || code=$ended
 exit "$code"

@@ -695,6 +695,21 @@ static PyObject *py_watch(PyObject *Py_UNUSED(module), PyObject *args, PyObject 
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(running_s_doc,
+"running_s()\n--\n\n"
+"Seconds that this process has run since the first call, without those for which it was stopped; in quarters.\n\n"
+"Raises RuntimeError if no thread can be started. Local.");
+
+static PyObject *py_running_s(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    long long ticks = ticks_until_now();
+    if (ticks < 0) {
+        PyErr_SetString(PyExc_RuntimeError, "no thread can be started");
+        return NULL;
+    }
+    return PyFloat_FromDouble((double)ticks / WATCH_TICKS_PER_SECOND);
+}
+
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"mix", (PyCFunction)(void (*)(void))py_mix, METH_VARARGS | METH_KEYWORDS, mix_doc},
@@ -708,6 +723,7 @@ static PyMethodDef methods[] = {
     {"load", py_load, METH_O, load_doc},
     {"sketch", (PyCFunction)(void (*)(void))py_sketch, METH_VARARGS | METH_KEYWORDS, sketch_doc},
     {"watch", (PyCFunction)(void (*)(void))py_watch, METH_VARARGS | METH_KEYWORDS, watch_doc},
+    {"running_s", py_running_s, METH_NOARGS, running_s_doc},
     {NULL, NULL, 0, NULL},
 };
 

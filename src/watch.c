@@ -11,9 +11,11 @@
 #include <time.h>
 #include <unistd.h>
 
+/* The thread alone writes it. */
+static atomic_llong counted;
 /* Ticks that are left. The caller sets it, the thread counts it down, unless a call has come in between. */
 static atomic_int left;
-/* Written by callers only, which hold the interpreter's lock; read when none of them can call any more. */
+/* Written by callers only, which hold the interpreter's lock; read when the last of them has let its time pass. */
 static char said[WATCH_MESSAGE_BYTES];
 
 static void end(void)
@@ -33,11 +35,10 @@ static void *count_down(void *unused)
     const struct timespec tick = {0, 1000000000 / WATCH_TICKS_PER_SECOND};
     for (;;) {
         nanosleep(&tick, NULL);
+        atomic_fetch_add(&counted, 1);
         int now = atomic_load(&left);
-        if (now == 1)
+        if (now > 0 && atomic_compare_exchange_strong(&left, &now, now - 1) && now == 1)
             end();
-        if (now > 1)
-            atomic_compare_exchange_strong(&left, &now, now - 1);
     }
     return NULL;
 }
@@ -56,16 +57,30 @@ static int start(void)
     return failed ? -1 : 0;
 }
 
-int watch(int ticks, const char *message)
+/* Start the thread, if this process has none yet: a child of fork has not. */
+static int start_once(void)
 {
     static pid_t started_in;
-    strncpy(said, message, sizeof said - 1);
-    atomic_store(&left, ticks);
-    /* A child of fork has no thread yet. */
-    if (ticks > 0 && started_in != getpid()) {
+    if (started_in != getpid()) {
         if (start() < 0)
             return -1;
         started_in = getpid();
     }
+    return 0;
+}
+
+long long ticks_until_now(void)
+{
+    return start_once() < 0 ? -1 : atomic_load(&counted);
+}
+
+int watch(int ticks, const char *message)
+{
+    if (start_once() < 0)
+        return -1;
+    /* Not while the thread might read it. */
+    atomic_store(&left, 0);
+    strncpy(said, message, sizeof said - 1);
+    atomic_store(&left, ticks);
     return 0;
 }

@@ -1,4 +1,4 @@
-/* A thread that ends a process whose interpreter is locked: no thread of Python could. */
+/* A thread without Python: it counts the time that the process has, and ends one whose interpreter is locked. */
 #ifndef GALA_MPI_WATCH_H
 #define GALA_MPI_WATCH_H
 
@@ -6,9 +6,12 @@
 
 enum { WATCH_TICKS_PER_SECOND = 4, WATCH_MESSAGE_BYTES = 256 };
 
-/* End the process by SIGABRT, after `message` on stderr, unless called again within so many ticks of the thread. A tick
- * is one, however long the process was stopped in it. 0 ticks: not at all. Returns -1 if no thread can be started. To be
- * called with the interpreter's lock held. */
+/* Ticks since the first call; one is one, however long the process was stopped in it. -1 if no thread can be started. Both
+ * are to be called with the interpreter's lock held. */
+long long ticks_until_now(void);
+
+/* End the process by SIGABRT, after `message` on stderr, unless called again within so many ticks. 0: not at all. Returns
+ * -1 if no thread can be started. */
 int watch(int ticks, const char *message);
 
 #endif

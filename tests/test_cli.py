@@ -252,6 +252,29 @@ def test_a_second_signal_ends_a_run_at_once_with_files_that_can_be_read(where: s
     assert_readable(tmp_path / "run", 1)
 
 
+FORKS = """
+import os, signal, time
+from gala_mpi.signals import StopRequest, heard_by
+stop = StopRequest()
+with heard_by(stop):
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        time.sleep(1.5)
+print(stop.reason)
+"""
+
+
+def test_signals_to_a_child_of_fork_are_its_own() -> None:
+    """A simulator may have processes of its own, and end them so."""
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{-signal.SIGTERM}\n{-signal.SIGTERM}\nNone\n"), done.stderr
+
+
 def test_a_second_signal_to_one_rank_ends_the_job(mpi: Mpi, tmp_path: Path) -> None:
     process = mpi.start(2, "-c", STUCK, "in C", *FLUSHED, "--exchange", "none", "--out", str(tmp_path / "run"))
     assert process.stdout is not None

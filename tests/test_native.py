@@ -605,3 +605,9 @@ def test_a_watch_takes_a_time_that_it_can_count(seconds: float) -> None:
         _native.watch(seconds, "")
     _native.watch(1e7, "never")
     _native.watch(0, "x" * 1000)
+
+
+def test_the_time_that_a_process_has_run_is_counted_in_quarters() -> None:
+    before = _native.running_s()
+    time.sleep(1.1)
+    assert _native.running_s() - before in (0.75, 1.0, 1.25) and before * 4 == int(before * 4)

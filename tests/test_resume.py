@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -10,7 +11,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -292,6 +292,10 @@ def test_a_run_that_still_goes_on_is_refused(one_mpi: Mpi, tmp_path: Path) -> No
     resume(one_mpi, run, 2, "--total-steps", "100")
 
 
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other may have its lease, or its configuration, only."""
     before = saved_config(run)
@@ -313,11 +317,15 @@ def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.Mon
     # Killed, or just so slow that it is not there yet: the one is seen, the other not.
     assert _reopen(config).segment == 3 and waits == [0.5, 0.5]
     (run / "config.4.toml").write_text("")
-    slow = threading.Timer(0.2, lease.write_lease, (run, 4))
-    slow.start()
+    monkeypatch.setattr(lease.time, "sleep", lambda _: lease.write_lease(run, 4))
     with pytest.raises(ConfigError, match="still being touched"):
         _reopen(config)
-    slow.join()
+    lease.write_lease(run, 4, ended=True)
+    # What could not be begun leaves nothing.
+    with monkeypatch.context() as full, pytest.raises(ConfigError, match="No space left"):
+        full.setattr(run_folder, "write_lease", no_room)
+        _reopen(config)
+    assert not (run / "config.5.toml").exists()
     # Both have found the same number free.
     monkeypatch.setattr(run_folder, "check_free", lambda *_: (run / "config.5.toml").write_text(""))
     with pytest.raises(ConfigError, match="expected a run that nobody else goes on with just now"):
