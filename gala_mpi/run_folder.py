@@ -35,6 +35,9 @@ LARGEST_BYTES = 2**20
 # Belongs to one start of a run alone.
 LEFT_OUT = ("preset", "out", "resume", "time_limit_s")
 SEGMENT_OF = re.compile(r"(?:config|rank-\d{5,9})(?:\.(\d{1,9}))?\.(?:toml|h5)")
+SCRATCH = re.compile(
+    r"(?:(?:config(?:\.\d{1,9})?\.toml|lease\.json|run\.json)\.[0-9a-f]{12}|rank-\d{5,9}(?:\.\d{1,9})?\.h5)\.tmp"
+)
 A_RUN = "the folder of a run"
 
 
@@ -158,7 +161,16 @@ def _reopen(config: TrainConfig) -> RunInfo:
         raise ConfigError("resume", str(folder), "a run that nobody else goes on with just now") from error
     except OSError as error:
         raise ConfigError("resume", str(folder), f"a folder that can be written ({error.strerror})") from error
+    _tidy_up(folder)
     return RunInfo(folder.resolve(), [], run_id, _now(), segment)
+
+
+def _tidy_up(folder: Path) -> None:
+    """Remove what starts that were killed had not written whole."""
+    for path in folder.glob("*.tmp"):
+        if SCRATCH.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def run_id_of(folder: Path) -> str:

@@ -306,8 +306,12 @@ def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.Mon
     waits: list[float] = []
     sleep = time.sleep
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: waits.append(seconds) or sleep(seconds))
+    scratch = [f"{name}.tmp" for name in ("config.1.toml.0123456789ab", "lease.json.0123456789ab", "rank-00000.1.h5")]
+    for name in (*scratch, "mine.tmp", "config.toml.mine.tmp"):
+        (run / name).write_text("not whole")
     # It has ended in order: nobody waits.
     assert _reopen(config).segment == 1 and not waits
+    assert sorted(path.name for path in run.glob("*.tmp")) == ["config.toml.mine.tmp", "mine.tmp"]
     holder = lease.Lease(run, 1)
     holder.hold()
     with pytest.raises(ConfigError, match=r"expected a run that has ended; lease.json is still being touched"):
