@@ -98,23 +98,28 @@ def test_a_simulator_that_raises_ends_all_ranks_with_checkpoints(mpi: Mpi, excha
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        ("observations", r"SimulatorError: simulator 2 of this rank gave observations that are not finite \(\[nan"),
-        ("rewards", r"SimulatorError: simulator 2 of this rank gave rewards that are not finite \(inf\)"),
-        ("memory", r"MemoryError: Unable to allocate"),
-    ],
-)
-@pytest.mark.parametrize("size", [1, 2])
-def test_what_breaks_one_rank_is_named_and_ends_the_run(
-    mpi: Mpi, size: int, fault: str, said: str, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
+SAID = {
+    "observations": r"SimulatorError: simulator 2 of this rank gave observations that are not finite \(\[nan",
+    "rewards": r"SimulatorError: simulator 2 of this rank gave rewards that are not finite \(inf\)",
+    "memory": r"MemoryError: Unable to allocate",
+}
+
+
+def check_what_breaks_the_last_rank(mpi: Mpi, size: int, fault: str, run: Path) -> None:
     done = run_faulty(mpi, fault, size, run, *LONG)
     assert done.returncode == 1, done.stderr
-    assert re.search(rf"\[{size - 1}/{size}\] .*{said}", done.stderr), done.stderr
+    assert re.search(rf"\[{size - 1}/{size}\] .*{SAID[fault]}", done.stderr), done.stderr
     assert_closed(run, size, failed={size - 1})
+
+
+@pytest.mark.parametrize("fault", SAID)
+def test_what_breaks_one_rank_is_named_and_ends_the_run(mpi: Mpi, fault: str, tmp_path: Path) -> None:
+    check_what_breaks_the_last_rank(mpi, 2, fault, tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault", SAID)
+def test_what_breaks_the_only_rank_is_named_and_ends_the_run(one_mpi: Mpi, fault: str, tmp_path: Path) -> None:
+    check_what_breaks_the_last_rank(one_mpi, 1, fault, tmp_path / "run")
 
 
 def test_a_simulator_that_hangs_ends_its_rank_with_its_stack(one_mpi: Mpi, tmp_path: Path) -> None:

@@ -176,13 +176,13 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_curve_over_the_seam_shows_no_dip(mpi: Mpi, tmp_path: Path) -> None:
+def test_a_curve_over_the_seam_shows_no_dip(one_mpi: Mpi, tmp_path: Path) -> None:
     """Stopped while it climbs, and changed in nothing: what the policy or the optimiser lost would show at once."""
     run = tmp_path / "run"
     # A quarter of the budget. Of 8 runs that were not stopped there the next 100 episodes were all longer in the mean.
-    done = mpi.run(4, "-c", STOPS, "490", "--preset", "cartpole", "--out", str(run), timeout_s=240)
+    done = one_mpi.run(4, "-c", STOPS, "490", "--preset", "cartpole", "--out", str(run), timeout_s=240)
     assert done.returncode == 75, done.stderr
-    said = resume(mpi, run, 4, timeout_s=240)
+    said = resume(one_mpi, run, 4, timeout_s=240)
     assert "changed:" not in said
     table = read_run(run).table("episodes").sort_values("time_s")
     before = table[table["segment"] == 0]["episode_return"].iloc[-100:]
