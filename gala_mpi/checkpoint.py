@@ -219,8 +219,7 @@ class CheckpointFolder:
         mine = self.path / f"segment-{facts.segment}-update-{facts.update:012d}.safetensors"
         # First, so that no later one says that it had a better one before, which nobody has. Not by a start that was
         # taken for dead: the best one belongs to that which went on.
-        later = any(segment > facts.segment for segment, _, _ in self._numbered())
-        if best and not later:
+        if best and not any(segment > facts.segment for segment, _, _ in self._numbered()):
             write_file(self.path / BEST, data)
         write_file(mine, data)
         self._remove(path for path in self.newest_first()[self._keep :] if path != mine)

@@ -192,9 +192,10 @@ def saved_config(folder: Path) -> TrainConfig | None:
     """
     path = config_file(folder, 0)
     try:
-        numbers = [number for number in segments(folder) if os.path.lexists(config_file(folder, number))]
-        if not numbers and not segments(folder) and not (folder / "checkpoints").exists():
+        begun = segments(folder)
+        if not begun and not (folder / "checkpoints").exists():
             return None
+        numbers = [number for number in begun if os.path.lexists(config_file(folder, number))]
         path = config_file(folder, max(numbers, default=0))
         text = read_file(path, LARGEST_BYTES).decode()
     except (OSError, ValueError) as error:
