@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,8 @@ SECOND_ENV = Path(os.environ.get("GALA_MPI_SECOND_ENV", ROOT / ".venv-openmpi"))
 # Who is started in the background of a script ignores it, and so would all that the tests start, shells for good.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-LAUNCHER_FAILED = "The PMIx server's listener thread failed to start."
+# Open MPI's launcher does not start where a killed one that had its process number left a session folder.
+SESSIONS = tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True)
 LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "PRTE_", "OMPI_", "MPIR_CVAR_", "HYDRA_", "SLURM_", "FI_", "UCX_")
 
 
@@ -59,7 +61,7 @@ class Mpi:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
         return subprocess.Popen(
             self.command(size, *args),
-            env={**clean, **dict(self.environment), **(env or {})},
+            env={**clean, "TMPDIR": tempfile.mkdtemp(dir=SESSIONS.name), **dict(self.environment), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -76,14 +78,8 @@ class Mpi:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run Python with `args` on `size` ranks to its end; fails the test if that takes over `timeout_s`.
-
-        Open MPI's launcher now and then finds no port to listen on, and gives up before it starts a rank: then again.
-        """
-        ended = finish(self.start(size, *args, env=env, cwd=cwd), timeout_s)
-        if ended.returncode != 0 and LAUNCHER_FAILED in ended.stderr:
-            ended = finish(self.start(size, *args, env=env, cwd=cwd), timeout_s)
-        return ended
+        """Run Python with `args` on `size` ranks to its end; fails the test if that takes over `timeout_s`."""
+        return finish(self.start(size, *args, env=env, cwd=cwd), timeout_s)
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
