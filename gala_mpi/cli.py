@@ -1,51 +1,29 @@
-"""The command line: reads the configuration, checks it on all ranks at once, and runs the agent.
-
-Exit codes: 0 the budget or the time limit is reached; 1 an error, with its traceback; 2 a setting that cannot be used;
-3 as 0, but ranks were lost on the way; 4 as 0, but ranks ended as their parameters were not finite; 5 as 0 or 75, but
-not all could be written; 75 stopped by a signal before that: --resume goes on.
-"""
+"""The command line: finds the command, listens to signals, and runs it under MPI."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gala_mpi import __version__, arguments
-from gala_mpi.collective import on_all_ranks
-from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, load_preset
-from gala_mpi.environments import check_environment
-from gala_mpi.lease import LEASE_FILE, Lease
-from gala_mpi.resume import check_changes
-from gala_mpi.run_folder import RunInfo, create_run, discard_run, holds_a_run, reopen_run, run_id_of, saved_config
+from gala_mpi import __version__
+from gala_mpi.config import UsageError
+from gala_mpi.exit_codes import EXIT_CONFIG, EXIT_ERROR
 from gala_mpi.signals import StopRequest, heard_by
-from gala_mpi.stopwatch import profile_table
-from gala_mpi.topology import TOPOLOGIES, make_topology
-from gala_mpi.waiting import Watchdog
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from gala_mpi.agent import Summary
-
-EXIT_ERROR, EXIT_CONFIG, EXIT_LOST, EXIT_DIVERGED, EXIT_UNWRITTEN, EXIT_STOPPED = 1, 2, 3, 4, 5, 75
-GRACE_S = 1.0
-# Between the first rank that starts and the last: loading torch from a busy network file system takes minutes.
-START_WITHIN_S = 900.0
 OTHERS = """
 Other commands, each with a --help of its own:
   gala-mpi topology   degrees, mixing weights and spectral gap of a topology, and a drawing
   gala-mpi doctor     examine MPI, the nodes and the file system (under mpirun or srun)
   gala-mpi bench      measure the cost of an exchange (under mpirun or srun)
 """
-TRAIN_HELP = "Train a policy: mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/pong"
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
@@ -66,10 +44,16 @@ def main() -> NoReturn:
 def train(args: list[str]) -> int:
     """Train; returns the exit code. Collective over all ranks of the job."""
     stop = StopRequest()
-    # From the start on: a job may be preempted before its first update, and others wait in MPI's start for a rank that
-    # an exception ends there.
+
+    def run(comm: MPI.Intracomm) -> int:
+        from gala_mpi import train_command
+
+        return train_command.run(args, comm, stop)
+
+    # Before all that takes long: a job may be preempted while it loads its libraries, and others wait in MPI's start
+    # for a rank that an exception ends there.
     with heard_by(stop):
-        return under_mpi(lambda comm: _train(args, comm, stop))
+        return under_mpi(run)
 
 
 def topology(args: list[str]) -> int:
@@ -145,137 +129,11 @@ def refuse(error: UsageError) -> int:
     return EXIT_CONFIG
 
 
-def _train(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
-    watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
-    complaint = f"the start of the run: some rank has not come within {START_WITHIN_S:g} s"
-    with watchdog.limit(START_WITHIN_S, complaint):
-        # One rank reads: a file system may show others an older configuration of the run for a while.
-        found = on_all_ranks(comm, lambda: _read(args, comm.size) if comm.rank == 0 else None)
-        config, changes = comm.bcast(found)
-        # Only now: torch takes seconds to import, and a bad setting should be told at once.
-        from gala_mpi.agent import Agent
-
-        info = reopen_run(config, comm) if config.run.resume else create_run(config, comm)
-        lease = Lease(info.folder, info.segment)
-        if comm.rank == 0:
-            lease.hold()
-        try:
-            agent = Agent(config, comm, info, lease, watchdog)
-        except UsageError:
-            lease.end(begun=False)
-            if comm.rank == 0:
-                discard_run(info)
-            raise
-    if comm.rank == 0:
-        print("\n".join([_banner(config, comm, info), *agent.origin, *changes]), flush=True)
-    summary = agent.train(stop)
-    if comm.rank == summary.speaker:
-        if config.run.profile:
-            print(profile_table(summary.profile, summary.updates))
-        print(_farewell(summary, info, config, taken_over=lease.lost), flush=True)
-        with watchdog.limit(4 * config.exchange.neighbour_timeout_s, f"writing {LEASE_FILE}"):
-            lease.end()
-    code = _exit_code(summary)
-    if summary.lost:
-        _leave(comm, code, speaks=comm.rank == summary.speaker)
-    agent.free()
-    return code
-
-
-def _exit_code(summary: Summary) -> int:
-    if summary.failed:
-        return EXIT_ERROR
-    if summary.stopped:
-        # Whoever goes on by itself with what was stopped would lose the same again and again.
-        return EXIT_UNWRITTEN if summary.unwritten else EXIT_STOPPED
-    if summary.lost:
-        return EXIT_LOST
-    if summary.diverged:
-        return EXIT_DIVERGED
-    return EXIT_UNWRITTEN if summary.unwritten else 0
-
-
-def _leave(comm: MPI.Intracomm, code: int, *, speaks: bool) -> NoReturn:
-    """End the job without the ranks that are lost: no collective call, MPI_Finalize included, would return."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All files are closed. One rank ends the job, lost processes that still exist too; a launcher may drop what it
-    # has not forwarded yet.
-    time.sleep(GRACE_S if speaks else 10 * GRACE_S)
-    # Should the library not return, for what a dead rank left locked, the process still ends.
-    ending = threading.Timer(10 * GRACE_S, os._exit, (code,))
-    ending.daemon = True
-    ending.start()
-    comm.Abort(code)
-    os._exit(code)
-
-
-def _read(args: list[str], size: int) -> tuple[TrainConfig, list[str]]:
-    """The configuration, checked, and what has changed in it since the run that it resumes."""
-    config = check(parse(args), size)
-    folder = config.run.resume
-    before = None if folder is None else saved_config(folder)
-    if folder is None:
-        return config, []
-    if before is None:
-        return config, [f"{folder} holds no configuration: all settings are those given here, or the preset's"]
-    return config, check_changes(before, config, folder)
-
-
-def parse(args: list[str]) -> TrainConfig:
-    """The configuration that the arguments describe, on top of the preset that they name, or the run they resume."""
-    preset, resume = _option(args, "--preset"), _option(args, "--resume")
-    before = None
-    if resume is not None and not Path(resume).is_dir():
-        raise ConfigError("resume", resume, "the folder of a run, which is there")
-    if resume is not None and preset is None:
-        before = saved_config(Path(resume))
-        env = before.environment.env if before else ""
-        # Gymnasium imports the module before the colon: no run's folder may choose what code runs.
-        if ":" in env and _option(args, "--env") != env:
-            raise ConfigError("resume", resume, f"a run whose environment needs no import, or --env {env} to allow it")
-    if before is None:
-        before = load_preset(RunConfig.preset if preset is None else preset)
-    return arguments.parse(TrainConfig, "train", TRAIN_HELP, args, before)
-
-
-def _option(args: list[str], name: str) -> str | None:
-    """The last value that the arguments give an option, before they are parsed."""
-    value = None
-    for index, arg in enumerate(args):
-        if arg == name and index + 1 < len(args):
-            value = args[index + 1]
-        elif arg.startswith(f"{name}="):
-            value = arg.partition("=")[2]
-    return value
-
-
-def check(config: TrainConfig, size: int) -> TrainConfig:
-    """The configuration, if `size` ranks can run it as far as can be told before anything is made.
-
-    It names an edge list wherever the run may go on from.
-    """
-    name = config.exchange.topology
-    make_topology(name, size)
-    if name not in TOPOLOGIES:
-        config = replace(config, exchange=replace(config.exchange, topology=str(Path(name).absolute())))
-    check_environment(config.environment.env)
-    out, resume = config.record.out, config.run.resume
-    if out is not None and resume is not None:
-        raise ConfigError("out", str(out), "nothing with --resume: the run stays in its folder")
-    if resume is not None:
-        run_id_of(resume)
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError("out", str(out), "a folder, not a file")
-    if out is not None and out.is_dir() and holds_a_run(out):
-        raise ConfigError("out", str(out), "a folder that holds no run yet (--resume goes on with one)")
-    return config
-
-
-def help_text(args: list[str]) -> str:
+def train_help(args: list[str]) -> str:
     """What `gala-mpi train --help` prints, with the defaults of the preset that `args` name."""
-    preset = args[args.index("--preset") + 1] if "--preset" in args[:-1] else RunConfig.preset
-    return arguments.help_text(TrainConfig, "train", TRAIN_HELP, load_preset(preset))
+    from gala_mpi import train_command
+
+    return train_command.help_text(args)
 
 
 def topology_help(args: list[str]) -> str:
@@ -300,7 +158,7 @@ def bench_help(args: list[str]) -> str:
 
 
 HELP: dict[str, Callable[[list[str]], str]] = {
-    "train": help_text,
+    "train": train_help,
     "topology": topology_help,
     "doctor": doctor_help,
     "bench": bench_help,
@@ -327,43 +185,3 @@ def _print_once(text: str) -> int:
             # Who reads has seen enough; nothing is to be flushed at the end either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
-    from gala_mpi.window import library_version
-
-    exchange = config.exchange.exchange
-    topology = config.exchange.topology
-    graph = f"a {topology}" if topology in TOPOLOGIES else f"the edge list {topology}"
-    how = f"{exchange} over {graph}" if exchange == "gossip" else f"exchange {exchange}"
-    ranks = "1 rank" if comm.size == 1 else f"{comm.size} ranks"
-    return (
-        f"gala-mpi {__version__}: {config.environment.env}, {ranks} x {config.environment.simulators} "
-        f"simulators, {how}, {library_version()}\nmetrics in {info.folder}"
-    )
-
-
-def _farewell(summary: Summary, info: RunInfo, config: TrainConfig, *, taken_over: bool) -> str:
-    from gala_mpi.monitor import returns_line
-
-    returns = returns_line(summary.overview)
-    ended = f"stopped ({summary.stopped})" if summary.stopped else "finished"
-    speed = summary.new_steps / max(summary.seconds, 1e-9)
-    missed = f"lost ranks: {', '.join(map(str, summary.lost))}\n" if summary.lost else ""
-    missed += f"ranks that ended by an error: {', '.join(map(str, summary.failed))}\n" if summary.failed else ""
-    if summary.unwritten:
-        ranks = ", ".join(map(str, summary.unwritten))
-        missed += f"ranks that could not write all metrics, or their last checkpoint: {ranks} (make room there)\n"
-    missed += f"ranks that diverged: {', '.join(map(str, summary.diverged))}\n" if summary.diverged else ""
-    left = config.run.total_steps - summary.total_steps
-    if taken_over:
-        onward = ""
-    elif summary.stopped or left > 0:
-        onward = f"; go on with --resume {info.folder}"
-    else:
-        onward = "" if summary.new_steps else f"; all {config.run.total_steps:,} steps were taken before: --total-steps"
-    steps = f"{summary.total_steps:,} steps" + (f", {summary.new_steps:,} of them" if info.segment else "")
-    return missed + (
-        f"{ended}: {steps} in {summary.seconds:,.1f} s ({speed:,.0f} steps/s), {returns}\n"
-        f"metrics in {info.folder}{onward}"
-    )

@@ -89,7 +89,7 @@ def test_help_is_printed_once_and_starts_no_mpi(one_mpi: Mpi) -> None:
     done = one_mpi.run(4, "-m", "gala_mpi", "--help", timeout_s=90)
     assert done.returncode == 0
     assert done.stdout.count("--neighbour-timeout-s") == 1
-    code = "import sys; from gala_mpi import cli; cli.help_text([]); assert 'mpi4py.MPI' not in sys.modules"
+    code = "import sys; from gala_mpi import cli; cli.train_help([]); assert 'mpi4py.MPI' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

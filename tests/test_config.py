@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gala_mpi import cli
+from gala_mpi import train_command
 from gala_mpi.config import ConfigError, TrainConfig, UsageError, load_preset, preset_names
 from gala_mpi.run_folder import as_toml
 
@@ -51,13 +51,15 @@ def test_the_reference_preset_holds_the_settings_of_the_reference() -> None:
 )
 def test_a_refusal_is_one_line_with_field_and_value(args: list[str], field: str, value: str) -> None:
     with pytest.raises(UsageError) as refusal:
-        cli.parse(args)
+        train_command.parse(args)
     text = str(refusal.value)
     assert "\n" not in text and field in text and value in text
 
 
 def test_arguments_override_the_preset() -> None:
-    config = cli.parse(["--preset", "cartpole", "--total-steps", "40_000", "--no-clip-rewards", "--hidden", "8"])
+    config = train_command.parse(
+        ["--preset", "cartpole", "--total-steps", "40_000", "--no-clip-rewards", "--hidden", "8"]
+    )
     assert config.environment.env == "CartPole-v1"
     assert (config.run.total_steps, config.environment.clip_rewards, config.learner.hidden) == (40_000, False, (8,))
 
@@ -65,7 +67,7 @@ def test_arguments_override_the_preset() -> None:
 @pytest.mark.parametrize("preset", ["gala-atari", "cartpole"])
 def test_the_saved_configuration_is_a_preset_that_gives_the_same_run(preset: str, tmp_path: Path) -> None:
     args = ["--preset", preset, "--seed", "7", "--max-staleness", "3", "--out", "somewhere"]
-    config = cli.parse(args)
+    config = train_command.parse(args)
     saved = tmp_path / "config.toml"
     saved.write_text(as_toml(config), "utf-8")
     again = load_preset(str(saved))
@@ -97,7 +99,7 @@ def test_a_bad_preset_file_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_every_setting_is_explained_in_the_help() -> None:
-    text = cli.help_text([])
+    text = train_command.help_text([])
     for section in dataclasses.fields(TrainConfig):
         for field in dataclasses.fields(getattr(TrainConfig(), section.name)):
             assert f"--{field.name.replace('_', '-')}" in text, field.name

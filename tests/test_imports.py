@@ -12,6 +12,7 @@ import gala_mpi
 PACKAGE = Path(__file__).resolve().parent.parent / "gala_mpi"
 ORDER = (
     *(
+        "exit_codes",
         "config",
         "arguments",
         "collective",
@@ -38,7 +39,8 @@ ORDER = (
     *("doctor.findings", "doctor.libraries", "doctor.placement", "doctor.storage", "doctor.preflight"),
     *("preparation", "metrics", "agent"),
     *("doctor.devices", "doctor.peers", "doctor.links", "doctor.verdicts", "doctor.examination", "doctor.command"),
-    *("bench.gloo", "bench.costs", "bench.exchange_cost", "bench.cost_table", "bench.command", "cli", "__main__"),
+    *("bench.gloo", "bench.costs", "bench.exchange_cost", "bench.cost_table", "bench.command"),
+    *("train_command", "cli", "__main__"),
 )
 # The doctor's examination asks the library for its version and its thread level; the benchmark times MPI's all-reduce.
 MAY_IMPORT_MPI = {"window", "exchange", "cli", "doctor.examination", "bench.exchange_cost"}

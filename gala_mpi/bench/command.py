@@ -25,6 +25,7 @@ from gala_mpi.config import ConfigError, UsageError
 from gala_mpi.doctor import libraries, placement
 from gala_mpi.doctor.findings import FAIL, OK, in_units
 from gala_mpi.doctor.peers import Watch
+from gala_mpi.exit_codes import EXIT_CONFIG
 from gala_mpi.topology import make_topology
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from gala_mpi.bench.gloo import Gloo
 
 BENCH_HELP = "Measure what an exchange costs, beside memcpy and all-reduce: mpirun -n 2 gala-mpi bench"
-EXIT_CONFIG = 2
 # When even the thread of the watch cannot run, since a call inside a library holds Python's lock.
 LAST_RESORT_S = 5.0
 # Of the deadline, shared by all sizes; the rest is for starting and for rounds that are begun.

@@ -21,13 +21,13 @@ from gala_mpi.doctor import libraries, storage
 from gala_mpi.doctor.examination import Examination
 from gala_mpi.doctor.findings import as_json, as_text, failed, merge
 from gala_mpi.doctor.peers import Peers, Watch
+from gala_mpi.exit_codes import EXIT_ERROR, EXIT_OK
 from gala_mpi.topology import make_topology
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 DOCTOR_HELP = "Check MPI, nodes and file system, and say what to set: mpirun -n 4 gala-mpi doctor"
-EXIT_FAIL = 1
 VERDICT = 7
 # When even the thread of the watch cannot run, since a call inside a library holds Python's lock.
 LAST_RESORT_S = 5.0
@@ -101,11 +101,11 @@ def run(args: list[str], comm: Intracomm, watch: Watch) -> int:
     launched = libraries.launch(os.environ)
     if comm.size == 1 and launched.size > 1 and launched.rank:
         # A run of its own, though launched with others: the first of them speaks for all.
-        return EXIT_FAIL
+        return EXIT_ERROR
     peers = Peers(comm, watch)
     examination = Examination(options.parameters, options.out, edges, peers)
     findings = merge(examination.findings())
-    code: int = peers.tell_all(EXIT_FAIL if failed(findings) else 0, VERDICT)
+    code: int = peers.tell_all(EXIT_ERROR if failed(findings) else EXIT_OK, VERDICT)
     if comm.rank == 0:
         title = f"gala-mpi doctor: {comm.size} rank(s), topology {options.topology}"
         print(as_json(findings, examination.nodes) if options.json else as_text(findings, title), flush=True)
@@ -120,5 +120,5 @@ def _end_all(comm: Intracomm, watch: Watch) -> None:
     if comm.rank == 0:
         # Not at once: a launcher may drop what it has not forwarded yet.
         time.sleep(0.5)
-        comm.Abort(EXIT_FAIL)
+        comm.Abort(EXIT_ERROR)
     time.sleep(watch.left_s())

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from gala_mpi.exit_codes import EXIT_ERROR
 from gala_mpi.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 LONGEST_WAIT_S = 20.0
 # Rank 0 speaks first; the others only if it cannot.
 GRACE_S = 2.0
-EXIT_LATE = 1
 
 
 class Watch:
@@ -42,7 +42,7 @@ class Watch:
         time.sleep(self.left_s() + self._grace_s)
         late = f"not done within {self._allowed_s:g} s (--deadline-s), while {self.doing}"
         print(f"{self._name}: error: {late}", file=sys.stderr, flush=True)
-        os._exit(EXIT_LATE)
+        os._exit(EXIT_ERROR)
 
 
 class Peers:
