@@ -20,7 +20,7 @@ import pandas as pd
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from runs import Run, output, plain, read_run, run_script
+from runs import Run, RunError, output, plain, read_run, run_script
 
 COLUMNS = ["instant", "time_s", "ranks", "rank", "update", "distance_to_mean", "relative_distance", "mean_norm"]
 
@@ -28,7 +28,10 @@ COLUMNS = ["instant", "time_s", "ranks", "rank", "update", "distance_to_mean", "
 def distances(run: Run) -> pd.DataFrame:
     """One row a rank and instant that at least two ranks have; columns as in the module's docstring."""
     sketches = run.table("sketches")
-    interval_s = float(run.attributes("sketches")["interval_s"])
+    interval_s, _ = sketching(run)
+    lengths = sorted(set(map(len, sketches["sketch"])))
+    if len(lengths) > 1:
+        raise RunError(f"{run.folder}: sketches have {' and '.join(map(str, lengths))} numbers; expected one length")
     sketches["instant"] = np.floor(sketches["time_s"] / interval_s).astype(np.int64)
     sketches = sketches.drop_duplicates(["instant", "rank"])
     parts = []
@@ -44,6 +47,18 @@ def distances(run: Run) -> pd.DataFrame:
         part["relative_distance"] = part["distance_to_mean"] / part["mean_norm"]
         parts.append(part[COLUMNS])
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
+
+
+def sketching(run: Run) -> tuple[float, int]:
+    """The seconds between two sketches, and the numbers of each."""
+    attributes = run.attributes("sketches")
+    try:
+        interval_s, dimension = float(attributes["interval_s"]), int(attributes["dimension"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{run.folder}: interval or dimension of sketches is no number ({error})") from error
+    if not (0 < interval_s < np.inf and dimension > 0):
+        raise RunError(f"{run.folder}: sketches of {dimension} numbers each {interval_s:g} s; expected some above 0")
+    return interval_s, dimension
 
 
 def draw(data: pd.DataFrame, run: Run, path: Path) -> None:
@@ -65,7 +80,7 @@ def draw(data: pd.DataFrame, run: Run, path: Path) -> None:
                 by_instant["time_s"] / 60, by_instant[column], color=color, linewidth=1.6, label=label, marker=marker
             )
         axes.legend(frameon=False)
-    error = np.sqrt(2 / int(run.attributes("sketches")["dimension"]))
+    error = np.sqrt(2 / sketching(run)[1])
     axes.set_title(f"{plain(run.env_id)}, {run.sizes}: consensus distance (squared: standard error {error:.1%})")
     axes.set_xlabel("time (minutes)")
     axes.set_ylabel("distance of parameters to the mean of all ranks")

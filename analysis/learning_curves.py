@@ -83,7 +83,7 @@ def draw(curves: list[pd.DataFrame], runs: list[Run], x: str, window: int, path:
         axes.plot(along, data["episode_return"], ".", color=colour, alpha=0.15, markersize=3, markeredgewidth=0)
         axes.plot(along, data["mean_return"], color=colour, linewidth=1.8, label=plain(run.folder.resolve().name))
     axes.set_xlabel("agent steps of all ranks (millions)" if x == "steps" else "time (minutes)")
-    axes.set_ylabel(f"episode return ({runs[0].units('episodes')['episode_return']})")
+    axes.set_ylabel(f"episode return ({plain(runs[0].unit('episodes', 'episode_return'))})")
     tasks = ", ".join(sorted({f"{plain(run.env_id)}, {run.sizes}" for run in runs}))
     axes.set_title(f"{tasks}: mean of the last {window} episodes")
     axes.grid(alpha=0.25)

@@ -33,6 +33,9 @@ COLUMNS = {
     "sketches": ("time_s", "update", "sketch"),
     "neighbours": ("time_s", "update", "rank"),
 }
+# In a rank's list of updates: of a rank whose checkpoints were gone.
+NOT_ITS_OWN = 2**43
+LARGEST_NUMBER = 2.0**63
 FILE_NAME = re.compile(r"rank-(\d{5})(?:\.(\d+))?\.h5")
 
 
@@ -53,15 +56,18 @@ class Segment:
     resumed: dict[str, Any] | None
     begins: dict[int, int]
 
-    def voids(self, rank: int) -> float:
-        """The update of `rank` after which the rows of earlier segments are of training that was lost."""
+    def went_on(self, rank: int) -> int | None:
+        """The update of its own that `rank` went on from; None if it began anew, or with another rank's checkpoint.
+
+        Its rows of earlier segments after that update are of training that was lost.
+        """
         if self.resumed is None:
-            return math.inf
+            return None
         # From the start, without a checkpoint: nothing before counts.
         if self.resumed["time_s"] == 0:
             return 0
         updates = self.resumed["updates"]
-        return updates[rank] if rank < len(updates) else math.inf
+        return updates[rank] if rank < len(updates) and updates[rank] < NOT_ITS_OWN else None
 
 
 @dataclass(frozen=True)
@@ -103,19 +109,21 @@ class Run:
                 if rank not in segment.files:
                     continue
                 frame = _open(segment.files[rank], lambda file: _frame(_rows(file, name)))
-                frame = frame[
-                    frame["update"] <= min([later.voids(rank) for later in self.segments[index + 1 :]] or [math.inf])
-                ]
+                # Where a rank did not go on with what was its own, all its rows before stay, and updates count anew.
+                own = itertools.takewhile(
+                    lambda update: update is not None,
+                    (later.went_on(rank) for later in self.segments[index + 1 :]),
+                )
+                frame = frame[frame["update"] <= min(own, default=math.inf)]
                 frame.insert(0, writer, rank)
                 frame.insert(1, "segment", segment.number)
                 frames.append(frame)
         return pd.concat(frames, ignore_index=True)
 
-    def units(self, table: str) -> dict[str, str]:
-        """Column -> unit, from the file."""
+    def unit(self, table: str, column: str) -> str:
+        """The unit of a column, from the file."""
         files = self.segments[0].files
-        units: dict[str, str] = _open(files[min(files)], lambda file: json.loads(file[table].attrs["units"]))
-        return units
+        return str(_open(files[min(files)], lambda file: json.loads(file[table].attrs["units"])[column]))
 
     def attributes(self, table: str) -> dict[str, Any]:
         """The attributes of a table in the first file."""
@@ -166,7 +174,7 @@ def _head(file: h5py.File) -> dict[str, Any]:
     resumed = json.loads(attributes["resumed"]) if "resumed" in attributes else None
     if resumed is not None:
         numbers = [resumed["time_s"], resumed["agent_steps"], *resumed["updates"]]
-        if not all(type(number) in (int, float) and number >= 0 for number in numbers):
+        if not all(type(number) in (int, float) and 0 <= number < LARGEST_NUMBER for number in numbers):
             raise ValueError("its attribute resumed is not what a run writes")
     size = int(attributes["size"])
     if not 0 < size < 10**6:
@@ -185,14 +193,19 @@ def _rows(file: h5py.File, name: str) -> np.ndarray:
     table = file[name]
     if not isinstance(table, h5py.Dataset) or table.ndim != 1 or not table.dtype.names or table.dtype.hasobject:
         raise ValueError(f"{name} is no table")
-    missing = set(COLUMNS.get(name, ("update",))) - set(table.dtype.names)
-    if missing:
-        raise ValueError(f"{name} has no column {', '.join(sorted(missing))}")
+    for column in COLUMNS.get(name, ("update",)):
+        if column not in table.dtype.names:
+            raise ValueError(f"{name} has no column {column}")
+        # A sketch is a vector, all else a number.
+        kind = table.dtype[column]
+        if kind.base.kind not in "iuf" or kind.ndim != (column == "sketch"):
+            raise ValueError(f"{name} has a column {column} of type {kind}")
     if table.external or table.is_virtual:
         raise ValueError(f"{name} takes its rows from other files")
-    # Of a file that is being written the length may be known a little before the rows.
-    if len(table) * table.dtype.itemsize > Path(file.filename).stat().st_size + 2**20:
-        raise ValueError(f"{name} declares {len(table):,} rows, more than the file holds")
+    # Of a file that is being written the length may be known a little before the rows. A chunk is read whole.
+    rows = max(len(table), *(table.chunks or (0,)))
+    if rows * table.dtype.itemsize > Path(file.filename).stat().st_size + 2**20:
+        raise ValueError(f"{name} declares {rows:,} rows, more than the file holds")
     return table[:]
 
 

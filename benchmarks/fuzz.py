@@ -176,7 +176,7 @@ class Rank:
 def a_rank() -> tuple[Rank, Checkpointer, dict[str, np.ndarray]]:
     """A rank, its checkpointer, and the tensors of a valid checkpoint of it."""
     rank = Rank()
-    folder: Any = SimpleNamespace(best_return=lambda _: 0.0)
+    folder: Any = SimpleNamespace(best_return=lambda *_: 0.0)
     identity = Identity(FACTS.run_id, 1, 0, 2, {})
     checkpointer = Checkpointer(folder, cast("Any", rank), identity, 300.0)
     return rank, checkpointer, {name: np.array(values) for name, values in checkpointer._tensors().items()}
@@ -211,6 +211,10 @@ def try_restore(chance: random.Random) -> str:
             del tensors[name]
         else:
             tensors[name] = altered_tensor(tensors[name], chance)
+    if chance.random() < 0.1:
+        stream = tensors["actions.stream"] = whole["actions.stream"].copy()
+        stream[8:12] = np.array([chance.randrange(626)], np.int32).view(np.uint8)
+        stream[16:24] = np.array([chance.randrange(626)], np.int64).view(np.uint8)
     forged = dataclasses.replace(FACTS)
     if chance.random() < 0.3:
         text = altered_text(FACTS.to_json(), chance)
@@ -223,6 +227,9 @@ def try_restore(chance: random.Random) -> str:
         return "refused"
     steps = [facts.agent_steps, facts.agent_steps]
     checkpointer.restore(Resumption(checkpoint, checkpoint, True, 2, steps, [facts.update] * 2, facts.time_s))
+    # Words that are left and the next one: of a generator that draws from beyond its 624 they make another number.
+    stream = rank.collector.state()["actions.stream"]
+    assert int(stream[8:12].view(np.int32)[0]) + int(stream[16:24].view(np.int64)[0]) in (1, 625)
     rollout = rank.collector.collect()
     counters = np.array([value for value in vars(rank.exchange.counters).values() if type(value) is int], np.int64)
     assert np.isfinite(rollout.rewards.numpy()).all() and (counters >= 0).all()
@@ -234,7 +241,7 @@ def try_folder(chance: random.Random) -> str:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
         folder = Path(place)
         texts = {"run.json": json.dumps({"run_id": "0" * 32, "started": "now"})}
-        texts[LEASE_FILE] = json.dumps({"segment": 3, "ended": True})
+        texts[LEASE_FILE] = json.dumps({"run_id": "0" * 32, "segment": 3, "ended": True})
         for name, text in texts.items():
             kinds = (text.encode(), altered_text(text, chance).encode(), damaged(text.encode(), chance))
             (folder / name).write_bytes(chance.choice(kinds))
@@ -270,6 +277,7 @@ def try_config(chance: random.Random) -> str:
 def _read_files(seed: int, whole: bytes, folder: str, said: Any) -> None:
     """Read damaged HDF5 files; tells what became of each."""
     import runs
+    from consensus import distances
     from learning_curves import curve
     from runs import RunError, read_run
 
@@ -285,6 +293,7 @@ def _read_files(seed: int, whole: bytes, folder: str, said: Any) -> None:
             for table in ("updates", "episodes", "sketches", "neighbours"):
                 found.table(table)
             curve(found, 10)
+            distances(found)
             said.send("read")
         except RunError:
             said.send("refused")

@@ -135,7 +135,7 @@ class Agent:
         if resumption is not None:
             self._agent_steps, self._update = resumption.agent_steps[comm.rank], resumption.learner.facts.update
             self._begin_s = resumption.time_s
-            self._checkpointer.restore(resumption)
+            simulators_go_on = self._checkpointer.restore(resumption)
         self._steps_before = self._board.total_steps
         self.origin: list[str] = []
         """A line on what a run that was resumed goes on from; none for a new one."""
@@ -143,6 +143,10 @@ class Agent:
             updates = [update for update in resumption.updates if update < LARGEST_COUNT]
             between = f"updates {min(updates):,} to {max(updates):,}"
             self.origin = [f"goes on from {self._steps_before:,} steps (checkpoints of {between})"]
+            if not simulators_go_on:
+                self.origin += [
+                    "simulators, and what wrappers of theirs had learned, begin anew: they cannot be restored"
+                ]
         # The same instant on all ranks, from which they count; from then on by a clock that is never set back.
         comm.Barrier()
         self._zero_s = time.monotonic() - self._begin_s
@@ -331,7 +335,7 @@ class Agent:
         run = self._config.run
         limit_s = math.inf if run.time_limit_s is None else run.time_limit_s
         if self._lease.lost:
-            stop("another start goes on with this run")
+            stop("another start has the run's folder")
         if stop.reason:
             self._board.ask_all_to_stop()
         return bool(stop.reason) or self._board.stop_requested or self._now_s() - self._begin_s >= limit_s

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, run: Path, rank: int, keep: int = 1) -> None:
-        self.path = run / FOLDER / f"rank-{rank:05d}"
+        self.run, self.path = run, run / FOLDER / f"rank-{rank:05d}"
         self._keep = keep
         for folder in (self.path.parent, self.path):
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -195,16 +195,12 @@ class CheckpointFolder:
 
     def newest_first(self) -> list[Path]:
         """The files by their names: of the last segment, the last update, first. Empty if there is no folder."""
-        return [path for _, _, path in self._numbered()]
-
-    def _numbered(self) -> list[tuple[int, int, Path]]:
-        """Segment, update and path, the newest first."""
         found = []
         with contextlib.suppress(FileNotFoundError):
             for path in self.path.iterdir():
                 if match := NAME.fullmatch(path.name):
                     found.append((int(match[1]), int(match[2]), path))
-        return sorted(found, reverse=True)
+        return [path for _, _, path in sorted(found, reverse=True)]
 
     def save(self, tensors: Tensors, facts: Facts, *, best: bool) -> None:
         """Write a checkpoint, as the best one too if it is, and remove what is too old. Raises OSError."""
@@ -214,15 +210,21 @@ class CheckpointFolder:
             if not folder.exists():
                 folder.mkdir(exist_ok=True)
                 sync_folder(folder.parent)
-        # What killed writers left may be what fills the disk.
-        self._remove(self.path.glob("*.tmp"))
+        # A start that was taken for dead leaves alone what belongs to the one that went on.
+        superseded = self._names_a_later(facts.segment)
+        if not superseded:
+            # What killed writers left may be what fills the disk.
+            self._remove(self.path.glob("*.tmp"))
         mine = self.path / f"segment-{facts.segment}-update-{facts.update:012d}.safetensors"
-        # First, so that no later one says that it had a better one before, which nobody has. Not by a start that was
-        # taken for dead: the best one belongs to that which went on.
-        if best and not any(segment > facts.segment for segment, _, _ in self._numbered()):
-            write_file(self.path / BEST, data)
         write_file(mine, data)
         self._remove(path for path in self.newest_first()[self._keep :] if path != mine)
+        if best and not superseded:
+            write_file(self.path / BEST, data)
+
+    def _names_a_later(self, segment: int) -> bool:
+        """Whether something of a later segment is here, or is just being written."""
+        names = (NAME.match(path.name) for path in self.path.iterdir())
+        return any(int(match[1]) > segment for match in names if match)
 
     @staticmethod
     def _remove(paths: Iterable[Path]) -> None:
@@ -231,12 +233,14 @@ class CheckpointFolder:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    def best_return(self, largest_bytes: int) -> float:
-        """That of the best one; minus infinity if there is none that can be used."""
+    def best_return(self, largest_bytes: int, check: Callable[[Checkpoint], None]) -> float:
+        """That of the best one; minus infinity if there is none that can be used. `check` raises CheckpointError."""
         try:
-            found = read(self.path / BEST, largest_bytes).facts.best_return
+            checkpoint = read(self.path / BEST, largest_bytes)
+            check(checkpoint)
         except CheckpointError:
             return -math.inf
+        found = checkpoint.facts.best_return
         return found if math.isfinite(found) else -math.inf
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import logging
 import math
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,12 +24,14 @@ from gala_mpi.checkpoint import (
     CheckpointFolder,
     Facts,
 )
+from gala_mpi.config import ConfigError
 from gala_mpi.environments import Episode
 from gala_mpi.files import first_line
 from gala_mpi.learner import Learner
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.resume import Resumption
 from gala_mpi.rollout import Collector
+from gala_mpi.run_folder import run_id_of
 from gala_mpi.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -105,6 +110,7 @@ class Checkpointer:
             neighbours={str(neighbour.rank): neighbour.update for neighbour in parts.exchange.in_neighbours},
         )
         try:
+            self._check_whose_folder()
             self._folder.save(self._tensors(), facts, best=best)
         except OSError as error:
             if not self.failing:
@@ -121,6 +127,12 @@ class Checkpointer:
                 log.warning("%s: checkpoints are written again", self._folder.path)
             self.failing, self._best_return = False, facts.best_return
 
+    def _check_whose_folder(self) -> None:
+        """Raise FileNotFoundError if another run has the place of this one's folder."""
+        with contextlib.suppress(ConfigError):
+            if run_id_of(self._folder.run) != self._identity.run_id:
+                raise FileNotFoundError(errno.ENOENT, "another run has its place", str(self._folder.run))
+
     def _tensors(self) -> dict[str, npt.NDArray[Any]]:
         parts = self._parts
         found: dict[str, npt.NDArray[Any]] = {}
@@ -129,8 +141,11 @@ class Checkpointer:
             found |= {prefix + name: value.numpy() for name, value in named.items()}
         return found | parts.collector.state()
 
-    def restore(self, resumption: Resumption) -> None:
-        """Give the parts the state that they go on from. Only what was this rank's own goes on in full."""
+    def restore(self, resumption: Resumption) -> bool:
+        """Give the parts the state that they go on from. Only what was this rank's own goes on in full.
+
+        Whether the simulators go on too.
+        """
         parts, facts, learner = self._parts, resumption.checkpoint.facts, resumption.learner
         for prefix, values in ((PARAMETERS, parts.flat.data), (MEAN_SQUARE, parts.learner.mean_square)):
             for name, view in parts.flat.by_name(values).items():
@@ -140,9 +155,10 @@ class Checkpointer:
         parts.board.go_on_from(resumption.agent_steps, learner.facts.update, episodes)
         neighbours = {int(other): update for other, update in facts.neighbours.items()}
         parts.exchange.go_on_from(learner.facts.update, neighbours if resumption.own else {})
-        self._best_return = self._folder.best_return(largest_bytes(parts.flat))
+        check = partial(expect, parts.flat, self._identity.run_id)
+        self._best_return = self._folder.best_return(largest_bytes(parts.flat), check)
         if not resumption.own:
-            return
+            return False
         counters = parts.exchange.counters
         for field in dataclasses.fields(counters):
             value, kind = facts.counters.get(field.name, 0), type(getattr(counters, field.name))
@@ -154,7 +170,7 @@ class Checkpointer:
         self._recent.extend(facts.recent)
         for time_s, episode_return in facts.recent:
             parts.board.note_episodes([Episode(0, episode_return, 0)], time_s)
-        parts.collector.restore(resumption.checkpoint.tensors)
+        return parts.collector.restore(resumption.checkpoint.tensors)
 
 
 def expect(flat: FlatParameters, run_id: str, checkpoint: Checkpoint) -> None:

@@ -35,10 +35,17 @@ def main() -> NoReturn:
     # The default command may be left out; others stand first.
     command, rest = (args[0], args[1:]) if args and args[0] in COMMANDS else ("train", args)
     if "--help" in rest or "-h" in rest:
-        sys.exit(_print_once(HELP[command](rest) + (OTHERS if command == "train" else "")))
+        sys.exit(_help(command, rest))
     if command == "train" and rest and not rest[0].startswith("-"):
         sys.exit(_refuse_once(UsageError(f"{rest[0]!r} is no command; allowed: {', '.join(COMMANDS)}")))
     sys.exit(COMMANDS[command](rest))
+
+
+def _help(command: str, args: list[str]) -> int:
+    try:
+        return _print_once(HELP[command](args) + (OTHERS if command == "train" else ""))
+    except UsageError as error:
+        return _refuse_once(error)
 
 
 def train(args: list[str]) -> int:

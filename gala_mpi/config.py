@@ -14,6 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+# Of a TOML file: a long one could be slow to read.
+CONFIG_BYTES = 2**14
+
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the text is the one line that says why."""
@@ -53,7 +56,7 @@ class EnvironmentConfig:
 
     env: str = "ALE/Pong-v5"
     """Gymnasium id: an Atari game (ALE/Pong-v5) or any task with a flat Box observation and Discrete
-    actions (CartPole-v1)."""
+    actions (CartPole-v1); module:Id-v0 imports the module first, which registers it."""
     simulators: int = 16
     """Simulators of each rank."""
     frame_skip: int = 4
@@ -233,11 +236,22 @@ def load_preset(preset: str) -> TrainConfig:
     if preset in preset_names():
         text = (resources.files("gala_mpi") / "presets" / f"{preset}.toml").read_text("utf-8")
     elif preset.endswith(".toml") and Path(preset).is_file():
-        text = Path(preset).read_text("utf-8")
+        text = _read_preset(preset)
     else:
         raise ConfigError("preset", preset, f"one of {', '.join(preset_names())}, or the path of a .toml file")
     config = read_config(text, "preset", preset)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, preset=preset))
+
+
+def _read_preset(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(CONFIG_BYTES + 1)
+        if len(data) > CONFIG_BYTES:
+            raise ValueError(f"it has more than {CONFIG_BYTES:,} bytes")
+        return data.decode()
+    except (OSError, ValueError) as error:
+        raise ConfigError("preset", path, f"a TOML file that can be read ({error})") from error
 
 
 def read_config(text: str, option: str, value: str) -> TrainConfig:
@@ -263,7 +277,7 @@ def _section(refuse: Callable[[str], ConfigError], config: TrainConfig, name: st
     hints = get_type_hints(type(section))
     converted = {}
     for key, value in values.items():
-        if key not in hints or key in ("preset", "resume"):
+        if key not in hints or key in ("preset", "resume", "out"):
             raise refuse(f"only known settings; [{name}] has no {key}")
         converted[key] = _convert(refuse, f"{name}.{key}", value, hints[key])
     return dataclasses.replace(section, **converted)  # type: ignore[type-var]
@@ -271,6 +285,8 @@ def _section(refuse: Callable[[str], ConfigError], config: TrainConfig, name: st
 
 def _convert(refuse: Callable[[str], ConfigError], key: str, value: object, hint: Any) -> object:
     """A TOML value as the type that the field's annotation asks for."""
+    if any(type(number) is int and abs(number) >= 2**63 for number in (value if isinstance(value, list) else [value])):
+        raise refuse(f"{key} to have integers of 64 bits at most")
     options = get_args(hint)
     if getattr(hint, "__origin__", None) is Literal:
         if value in options:
@@ -282,7 +298,7 @@ def _convert(refuse: Callable[[str], ConfigError], key: str, value: object, hint
     for kind in kinds:
         if type(value) is kind:
             return value
-        if kind is float and type(value) is int and abs(value) < 2**63:
+        if kind is float and type(value) is int:
             return float(value)
         if kind is Path and isinstance(value, str):
             return Path(value)

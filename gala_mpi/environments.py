@@ -6,6 +6,7 @@ and statistics of whole games. The learner sees rows that are valid or not, term
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,13 +191,16 @@ def is_atari(env: str) -> bool:
 
 
 def check_environment(env: str) -> None:
-    """Raise ConfigError if the Gymnasium id is not known. Makes no environment."""
+    """Raise ConfigError if the Gymnasium id is not known. Imports the module before a colon in it."""
     if is_atari(env):
         _atari_game(env)
         return
+    module, _, name = env.rpartition(":")
     try:
-        gymnasium.spec(env)
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
+        if module:
+            importlib.import_module(module)
+        gymnasium.spec(name)
+    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
         raise ConfigError(
             "env", env, f"a Gymnasium id such as ALE/Pong-v5 or CartPole-v1 ({first_line(error)})"
         ) from error

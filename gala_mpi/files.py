@@ -77,7 +77,7 @@ def sync_folder(folder: Path) -> None:
 
 def check_room(path: Path, nbytes: int) -> None:
     """Raise OSError if the file system has no room for so many bytes more beside `path`, or takes no file there."""
-    scratch = path.with_name(f"{path.name}.room")
+    scratch = path.with_name(f"{path.name}.room.tmp")
     scratch.unlink(missing_ok=True)
     handle = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
     try:

@@ -1,9 +1,10 @@
 """The lease of a run: tells a second start that a first one still goes on, before it has written anything too.
 
-`lease.json` names the segment that holds it. Some ranks touch the file every BEAT_S, each from a thread of its own:
-rank 0, also while the ranks set up; then two of each node, so that one may die; and the one that speaks for the run,
-which notes an orderly end there. A start that finds a lease without that note waits for WAIT_S: if the file was touched
-meanwhile, the run goes on. The file is compared with itself alone, so clocks need not agree. All is local.
+`lease.json` names the run, and the segment of it that holds the folder. Some ranks touch the file every BEAT_S, each
+from a thread of its own: rank 0, also while the ranks set up; then two of each node, so that one may die; and the one
+that speaks for the run, which notes an orderly end there. A start that finds a lease without that note waits for
+WAIT_S: if the file was touched meanwhile, the run goes on. The file is compared with itself alone, so clocks need not
+agree. All is local.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import os
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from gala_mpi.files import first_line, read_file, write_file
@@ -30,16 +32,27 @@ class LeaseError(Exception):
     """The run cannot be gone on with; the text says why."""
 
 
-def write_lease(folder: Path, segment: int, *, ended: bool = False) -> None:
-    """Say that a segment holds the run, or held it. Raises OSError."""
-    write_file(folder / LEASE_FILE, json.dumps({"segment": segment, "ended": ended}).encode())
+@dataclass(frozen=True)
+class _Found:
+    """What a lease says, and what identifies the file and its last touch."""
+
+    touched: tuple[int, int]
+    run_id: str
+    segment: int
+    ended: bool
+
+
+def write_lease(folder: Path, run_id: str, segment: int, *, ended: bool = False) -> None:
+    """Say that a segment of a run holds the folder, or held it. Raises OSError."""
+    content = {"run_id": run_id, "segment": segment, "ended": ended}
+    write_file(folder / LEASE_FILE, json.dumps(content).encode())
 
 
 def check_free(folder: Path, last: int) -> None:
     """Raise LeaseError if somebody holds the run, whose last segment is `last`. May wait for WAIT_S."""
     before = _look(folder)
     # A segment later than the lease is one that is only being begun, or was killed there.
-    if before is not None and before[1] >= last and before[2]:
+    if before is not None and before.segment >= last and before.ended:
         return
     log.warning("%s: has not ended in order; waiting %g s to see whether it still goes on", folder, WAIT_S)
     time.sleep(WAIT_S)
@@ -47,8 +60,8 @@ def check_free(folder: Path, last: int) -> None:
         raise LeaseError(f"{LEASE_FILE} is still being touched: end the job that holds it by a signal, or wait for it")
 
 
-def _look(folder: Path) -> tuple[tuple[int, int], int, bool] | None:
-    """What identifies the file and its last touch, the segment, and whether it ended. Raises LeaseError."""
+def _look(folder: Path) -> _Found | None:
+    """The lease, if there is one. Raises LeaseError if it cannot be read."""
     path = folder / LEASE_FILE
     try:
         content = json.loads(read_file(path, LARGEST_BYTES))
@@ -57,20 +70,23 @@ def _look(folder: Path) -> tuple[tuple[int, int], int, bool] | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise LeaseError(f"{LEASE_FILE} cannot be read: {first_line(error)}") from error
-    if not isinstance(content, dict) or type(content.get("segment")) is not int:
+    if not isinstance(content, dict):
+        content = {}
+    run_id, segment = content.get("run_id"), content.get("segment")
+    if not isinstance(run_id, str) or type(segment) is not int:
         raise LeaseError(f"{LEASE_FILE} is not one of gala-mpi")
-    return (about.st_ino, about.st_mtime_ns), content["segment"], content.get("ended") is True
+    return _Found((about.st_ino, about.st_mtime_ns), run_id, segment, content.get("ended") is True)
 
 
 class Lease:
-    """A rank's part in holding the run in `folder` for `segment`."""
+    """A rank's part in holding `folder` for a segment of a run."""
 
-    def __init__(self, folder: Path, segment: int) -> None:
-        self._folder, self._segment = folder, segment
+    def __init__(self, folder: Path, run_id: str, segment: int) -> None:
+        self._folder, self._run_id, self._segment = folder, run_id, segment
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
         self.lost = False
-        """Whether another start holds the run now: this one was suspended, say, and taken for dead."""
+        """Whether another start holds the folder now: this one was suspended, say, and taken for dead."""
 
     def hold(self) -> None:
         """Touch the file from now on."""
@@ -78,21 +94,32 @@ class Lease:
             self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
             self._thread.start()
 
-    def end(self, *, begun: bool = True) -> None:
-        """Note an orderly end, if this rank holds the run: of the segment before, if this one has not begun."""
+    def let_go(self) -> bool:
+        """Touch the file no more; whether this rank did."""
         if self._thread is None:
-            return
+            return False
         self._ending.set()
         self._thread.join(WAIT_S)
+        return True
+
+    def end(self, *, begun: bool = True) -> None:
+        """Note an orderly end, if this rank holds the run: of the segment before, if this one has not begun."""
+        if not self.let_go():
+            return
         # Without the note the next start only waits for longer.
         with contextlib.suppress(OSError, LeaseError):
             self._look_for_another()
             if not self.lost:
-                write_lease(self._folder, self._segment - (not begun), ended=True)
+                write_lease(self._folder, self._run_id, self._segment - (not begun), ended=True)
 
     def _look_for_another(self) -> None:
         found = _look(self._folder)
-        self.lost |= found is not None and found[1] > self._segment
+        if found is None:
+            return
+        self.lost |= found.run_id != self._run_id or found.segment > self._segment
+        if found.segment < self._segment and not self.lost:
+            # Of an earlier start, which was slow to write it: it will see this one, and end.
+            write_lease(self._folder, self._run_id, self._segment)
 
     def _run(self) -> None:
         while not self._ending.wait(BEAT_S):

@@ -156,7 +156,8 @@ def _shares(found: dict[int, _Found], total: int, before: int, size: int, alike:
     `found` has checkpoints of the last segment, of `before` ranks; `total` is the most that any rank knew of.
     """
     own = {rank: one.agent_steps for rank, one in found.items() if rank < before}
-    total = max(total, sum(own.values()))
+    # Steps after a checkpoint are lost with its rank, whoever knew of them. Of a rank that left none they all count.
+    total = sum(own.values()) if len(own) == before else max(total, sum(own.values()))
     if size != before or alike:
         return [total // size] * size
     rest = (total - sum(own.values())) // max(size - len(own), 1)

@@ -51,6 +51,18 @@ def n_step_returns(rollout: Rollout, gamma: float) -> torch.Tensor:
     return returns
 
 
+def _within_its_words(stream: torch.Tensor) -> bool:
+    """Whether a CPU generator of this state reads its own words only: torch takes one that would read beyond.
+
+    After the seed come how many of its 624 words are left (int32), whether it is seeded (int32), and which is next
+    (int64): both always make 625, but for 1 and 0 of a new one.
+    """
+    if stream.dtype != torch.uint8 or stream.ndim != 1 or len(stream) < 24:
+        return False
+    left, following = int(stream[8:12].view(torch.int32)), int(stream[16:24].view(torch.int64))
+    return (left, following) == (1, 0) or (left + following == 625 and 1 <= following <= 624)
+
+
 class Collector:
     """Steps a rank's simulators with its policy. The simulators go on where the last rollout ended."""
 
@@ -87,7 +99,9 @@ class Collector:
         """Take over what `state` gave; whether the simulators go on too, or stay as they began."""
         with contextlib.suppress(KeyError, RuntimeError, TypeError):
             # Another device's streams are of another kind.
-            self._generator.set_state(torch.from_numpy(state["actions.stream"]))
+            stream = torch.from_numpy(state["actions.stream"])
+            if self._device.type != "cpu" or _within_its_words(stream):
+                self._generator.set_state(stream)
         prefix = "simulators."
         saved = {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
         shown = state.get("observations")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gala_mpi.collective import on_all_ranks
-from gala_mpi.config import ConfigError, TrainConfig, read_config
+from gala_mpi.config import CONFIG_BYTES, ConfigError, TrainConfig, read_config
 from gala_mpi.files import first_line, read_file, write_new_file
 from gala_mpi.lease import LEASE_FILE, LeaseError, check_free, write_lease
 
@@ -31,12 +31,15 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 OF_A_RUN = (RUN_FILE, "config.toml", "checkpoints")
-LARGEST_BYTES = 2**20
+LARGEST_BYTES = CONFIG_BYTES
 # Belongs to one start of a run alone.
 LEFT_OUT = ("preset", "out", "resume", "time_limit_s")
-SEGMENT_OF = re.compile(r"(?:config|rank-\d{5,9})(?:\.(\d{1,9}))?\.(?:toml|h5)")
+SEGMENT_OF = re.compile(
+    r"(?:config|rank-\d{5,9})(?:\.(?P<later>\d{1,9}))?\.(?:toml|h5)|segment-(?P<saved>\d{1,9})-update-\d{1,18}\.safetensors"
+)
+LAST_SEGMENT = 10**9 - 1
 SCRATCH = re.compile(
-    r"(?:(?:config(?:\.\d{1,9})?\.toml|lease\.json|run\.json)\.[0-9a-f]{12}|rank-\d{5,9}(?:\.\d{1,9})?\.h5)\.tmp"
+    r"(?:(?:config(?:\.\d{1,9})?\.toml|lease\.json|run\.json)\.[0-9a-f]{12}|rank-\d{5,9}(?:\.\d{1,9})?\.h5(?:\.room)?)\.tmp"
 )
 A_RUN = "the folder of a run"
 
@@ -70,7 +73,8 @@ def holds_a_run(folder: Path) -> bool:
 
 def segments(folder: Path) -> list[int]:
     """The numbers of the segments that left something, ascending."""
-    return sorted({int(m[1] or 0) for path in folder.iterdir() if (m := SEGMENT_OF.fullmatch(path.name))})
+    paths = [*folder.iterdir(), *folder.glob("checkpoints/rank-*/segment-*")]
+    return sorted({int(m["later"] or m["saved"] or 0) for path in paths if (m := SEGMENT_OF.fullmatch(path.name))})
 
 
 def create_run(config: TrainConfig, comm: Intracomm) -> RunInfo:
@@ -129,7 +133,7 @@ def _create(config: TrainConfig) -> RunInfo:
         _remove(made)
         raise _not_written(config.record.out or out, error) from error
     try:
-        write_lease(out, 0)
+        write_lease(out, info.run_id, 0)
         write_new_file(config_file(out, 0), as_toml(config).encode())
     except OSError as error:
         discard_run(info)
@@ -147,11 +151,13 @@ def _reopen(config: TrainConfig) -> RunInfo:
     run_id = run_id_of(folder)
     last = max(segments(folder), default=0)
     segment = last + 1
+    if last >= LAST_SEGMENT:
+        raise ConfigError("resume", str(folder), f"a run whose files have segments below {LAST_SEGMENT}")
     try:
         check_free(folder, last)
         write_new_file(config_file(folder, segment), as_toml(config).encode())
         try:
-            write_lease(folder, segment)
+            write_lease(folder, run_id, segment)
         except OSError:
             config_file(folder, segment).unlink()
             raise
@@ -215,5 +221,6 @@ def as_toml(config: TrainConfig) -> str:
         for name, value in values.items():
             if value is not None and name not in LEFT_OUT:
                 # JSON's numbers, strings, booleans and flat lists are TOML's too.
-                lines.append(f"{name} = {json.dumps(value)}")
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{name} = {text}")
     return "\n".join(lines) + "\n"

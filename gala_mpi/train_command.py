@@ -36,8 +36,7 @@ HELP = "Train a policy: mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/
 
 def help_text(args: list[str]) -> str:
     """What `gala-mpi train --help` prints, with the defaults of the preset that `args` name."""
-    preset = args[args.index("--preset") + 1] if "--preset" in args[:-1] else RunConfig.preset
-    return arguments.help_text(TrainConfig, "train", HELP, load_preset(preset))
+    return arguments.help_text(TrainConfig, "train", HELP, load_preset(_option(args, "--preset") or RunConfig.preset))
 
 
 def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
@@ -52,14 +51,15 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
         from gala_mpi.agent import Agent
 
         info = reopen_run(config, comm) if config.run.resume else create_run(config, comm)
-        lease = Lease(info.folder, info.segment)
+        lease = Lease(info.folder, info.run_id, info.segment)
         if comm.rank == 0:
             lease.hold()
         try:
             agent = Agent(config, comm, info, lease, watchdog)
         except UsageError:
-            lease.end(begun=False)
+            lease.let_go()
             if comm.rank == 0:
+                lease.end(begun=False)
                 discard_run(info)
             raise
     if comm.rank == 0:
@@ -126,12 +126,13 @@ def parse(args: list[str]) -> TrainConfig:
         raise ConfigError("resume", resume, "the folder of a run, which is there")
     if resume is not None and preset is None:
         before = saved_config(Path(resume))
-        env = before.environment.env if before else ""
-        # Gymnasium imports the module before the colon: no run's folder may choose what code runs.
-        if ":" in env and _option(args, "--env") != env:
-            raise ConfigError("resume", resume, f"a run whose environment needs no import, or --env {env} to allow it")
     if before is None:
         before = load_preset(RunConfig.preset if preset is None else preset)
+    env = before.environment.env
+    # The module before the colon is imported: no file may choose what code runs.
+    if ":" in env and _option(args, "--env") != env:
+        name, value = ("preset", preset) if preset is not None else ("resume", resume)
+        raise ConfigError(name, value, f"one whose environment needs no import, or --env {env} beside it to allow it")
     return arguments.parse(TrainConfig, "train", HELP, args, before)
 
 
@@ -154,7 +155,10 @@ def check(config: TrainConfig, size: int) -> TrainConfig:
     name = config.exchange.topology
     make_topology(name, size)
     if name not in TOPOLOGIES:
-        config = replace(config, exchange=replace(config.exchange, topology=str(Path(name).absolute())))
+        path = str(Path(name).absolute())
+        if path != path.encode(errors="replace").decode():
+            raise ConfigError("topology", name, "an edge list whose path is UTF-8: it is kept in the configuration")
+        config = replace(config, exchange=replace(config.exchange, topology=path))
     check_environment(config.environment.env)
     out, resume = config.record.out, config.run.resume
     if out is not None and resume is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -20,12 +21,21 @@ ANALYSIS = Path(__file__).resolve().parent.parent / "analysis"
 DIMENSION = 4
 
 
-def write_rank(folder: Path, rank: int, size: int = 2, run_id: str = "one", name: str | None = None) -> Recorder:
+def write_rank(
+    folder: Path,
+    rank: int,
+    size: int = 2,
+    run_id: str = "one",
+    name: str | None = None,
+    dimension: int = DIMENSION,
+    segment: int = 0,
+    **about: object,
+) -> Recorder:
     """A new rank file without rows."""
     folder.mkdir(exist_ok=True)
-    attributes = {"run_id": run_id, "rank": rank, "size": size, "env_id": "Task-v0", "config": {}, "t0": 0.0}
-    config = RecordConfig(sketch_dimension=DIMENSION, sketch_every_s=10)
-    return Recorder(folder / name if name else rank_file(folder, rank), attributes, config, seed=1)
+    attributes = {"run_id": run_id, "rank": rank, "size": size, "env_id": "Task-v0", "config": {}, "t0": 0.0, **about}
+    config = RecordConfig(sketch_dimension=dimension, sketch_every_s=10)
+    return Recorder(folder / name if name else rank_file(folder, rank, segment), attributes, config, seed=1)
 
 
 def episode(recorder: Recorder, time_s: float, steps: int, episode_return: float) -> None:
@@ -196,3 +206,29 @@ def test_neither_torch_nor_mpi_is_imported(script: str) -> None:
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_rows_are_void_only_where_a_rank_went_on_from_before_them(tmp_path: Path) -> None:
+    """Rank 1 left no checkpoint: it goes on from rank 0's update 5, counts from there, and is killed at 9, of 7."""
+    run = tmp_path / "run"
+    starts = (
+        (0, None, range(1, 11)),
+        (1, {"time_s": 5.0, "update": 5, "agent_steps": 50, "size": 2, "updates": [5, 2**43]}, range(6, 10)),
+        (2, {"time_s": 7.0, "update": 7, "agent_steps": 70, "size": 2, "updates": [7, 7]}, range(8, 9)),
+    )
+    for segment, resumed, updates in starts:
+        for rank in range(2):
+            recorder = write_rank(run, rank, segment=segment, **({"resumed": resumed} if resumed else {}))
+            for update in updates:
+                recorder.append("episodes", (float(update), update, 10 * update, 0, 1.0, 10))
+            recorder.close()
+    done = run_script("learning_curves.py", run)
+    assert done.returncode == 0, done.stderr
+    program = (
+        f"import runs; from pathlib import Path; print(runs.read_run(Path({str(run)!r})).table('episodes').to_csv())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ANALYSIS, capture_output=True, text=True, check=True)
+    table = pd.read_csv(io.StringIO(done.stdout))
+    kept = {(rank, segment): rows["update"].tolist() for (rank, segment), rows in table.groupby(["rank", "segment"])}
+    first = {(0, 0): list(range(1, 6)), (1, 0): list(range(1, 11))}
+    assert kept == first | {(rank, segment): [6, 7] if segment == 1 else [8] for rank in (0, 1) for segment in (1, 2)}

@@ -67,6 +67,10 @@ TENSORS: Tensors = {
 WHOLE = encode(TENSORS, FACTS)
 
 
+def accept(_: object) -> None:
+    """Any checkpoint will do."""
+
+
 def update(number: int, segment: int = 0) -> Facts:
     return dataclasses.replace(FACTS, update=number, segment=segment)
 
@@ -218,48 +222,54 @@ def test_nothing_is_written_through_a_link(name: str, tmp_path: Path) -> None:
     assert read(folder.path / BEST, 10**6).facts.update == 1
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_write_that_fails_leaves_what_was_there(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_what_was_there(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = CheckpointFolder(tmp_path, 0, 1)
     folder.save(TENSORS, update(1), best=True)
     before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
 
-    def fail(_handle: int) -> None:
+    def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(os if call == "fsync" else Path, call, fail)
     with pytest.raises(OSError, match=os.strerror(number)):
         folder.save(TENSORS, update(2), best=True)
     assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
-def test_a_best_one_is_there_before_any_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a rank that was killed in between would look for a better one than nobody has."""
+def test_a_best_one_that_cannot_be_written_costs_no_other(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, 0, 3)
-    assert folder.best_return(10**6) == -math.inf
-    folder.save(TENSORS, dataclasses.replace(update(1), best_return=5.0), best=True)
-    written: list[str] = []
-
-    def once(path: Path, data: bytes) -> None:
-        if written:
-            raise OSError(errno.ENOSPC, "killed")
-        written.append(path.name)
-        files.write_file(path, data)
-
-    monkeypatch.setattr(checkpoint, "write_file", once)
-    with pytest.raises(OSError, match="killed"):
-        folder.save(TENSORS, dataclasses.replace(update(2), best_return=400.0), best=True)
-    assert written == [BEST] and folder.best_return(10**6) == 400.0
+    assert folder.best_return(10**6, accept) == -math.inf
+    (folder.path / BEST).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        folder.save(TENSORS, dataclasses.replace(update(1), best_return=5.0), best=True)
     assert read(folder.newest_first()[0], 10**6).facts.update == 1
+    (folder.path / BEST).rmdir()
+    folder.save(TENSORS, dataclasses.replace(update(2), best_return=400.0), best=True)
+    assert folder.best_return(10**6, accept) == 400.0
+
+    def foreign(checkpoint: checkpoint.Checkpoint) -> None:
+        raise CheckpointError(f"{checkpoint.path}: of another run")
+
+    assert folder.best_return(10**6, foreign) == -math.inf
     (folder.path / BEST).write_bytes(b"damaged")
-    assert folder.best_return(10**6) == -math.inf
+    assert folder.best_return(10**6, accept) == -math.inf
 
 
-def test_who_was_taken_for_dead_leaves_the_best_one_alone(tmp_path: Path) -> None:
+def test_who_was_taken_for_dead_leaves_alone_what_is_anothers(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, 0, 3)
+    folder.path.mkdir(parents=True)
+    being_written = folder.path / "segment-1-update-000000000009.safetensors.0123456789ab.tmp"
+    being_written.touch()
+    folder.save(TENSORS, dataclasses.replace(update(8), best_return=4.0), best=True)
+    assert being_written.exists() and folder.best_return(10**6, accept) == -math.inf
     folder.save(TENSORS, dataclasses.replace(update(9, segment=1), best_return=5.0), best=True)
     folder.save(TENSORS, dataclasses.replace(update(10), best_return=4.0), best=True)
-    assert folder.best_return(10**6) == 5.0 and len(folder.newest_first()) == 2
+    assert not being_written.exists()
+    assert folder.best_return(10**6, accept) == 5.0 and len(folder.newest_first()) == 3
 
 
 def test_what_is_in_the_way_of_tidying_up_costs_no_checkpoint(tmp_path: Path) -> None:
@@ -343,7 +353,21 @@ def test_a_checkpoint_that_failed_is_tried_again_and_the_best_needs_some_episode
     for number, episode_return in enumerate((7.0, 1.0, 9.0), start=3):
         mine.note_episodes([Episode(0, episode_return, 1)] * 100, 400.0)
         mine.save(number, 0, 400.0)
-    assert read(folder.path / BEST, 10**6).facts.update == 5 and folder.best_return(10**6) == 9.0
+    assert read(folder.path / BEST, 10**6).facts.update == 5 and folder.best_return(10**6, accept) == 9.0
+
+
+def test_a_run_in_whose_place_another_is_leaves_that_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its folder was removed, and given to a new run."""
+    mine = checkpointer(CheckpointFolder(tmp_path, 0, 1), 0, 1)
+    (tmp_path / "run.json").write_text('{"run_id": "%s"}' % ("1" * 32))
+    CheckpointFolder(tmp_path, 0).save(TENSORS, update(1), best=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    mine.save(2, 0, 10.0)
+    assert mine.failing and "no checkpoint can be written ([Errno 2] another run has its place" in caplog.text
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "run.json").write_text('{"run_id": "%s"}' % ("0" * 32))
+    mine.save(3, 0, 400.0)
+    assert not mine.failing
 
 
 def test_a_run_whose_folder_is_gone_gets_no_new_one(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import h5py
 import pytest
 from conftest import ROOT, Mpi, finish, rank_process
 
+from gala_mpi import cli
 from gala_mpi.checkpoint import CheckpointFolder, read
 
 COMMAND = ("-m", "gala_mpi", "train", "--preset", "cartpole")
@@ -91,6 +92,22 @@ def test_help_is_printed_once_and_starts_no_mpi(one_mpi: Mpi) -> None:
     assert done.stdout.count("--neighbour-timeout-s") == 1
     code = "import sys; from gala_mpi import cli; cli.train_help([]); assert 'mpi4py.MPI' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("preset", [("--preset", "cartpole"), ("--preset=cartpole",)])
+def test_help_has_the_defaults_of_the_preset(preset: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gala-mpi", *preset, "--help"])
+        cli.main()
+    assert "CartPole-v1" in capsys.readouterr().out
+
+
+def test_help_of_an_unknown_preset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gala-mpi", "train", "--preset", "nope", "--help"])
+        cli.main()
+    said = capsys.readouterr().err
+    assert said.startswith("gala-mpi: error: --preset: 'nope'") and len(said.splitlines()) == 1
 
 
 def test_version(one_mpi: Mpi) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gala_mpi import train_command
-from gala_mpi.config import ConfigError, TrainConfig, UsageError, load_preset, preset_names
+from gala_mpi.config import ConfigError, TrainConfig, UsageError, load_preset, preset_names, read_config
 from gala_mpi.run_folder import as_toml
 
 
@@ -89,6 +89,11 @@ def test_the_saved_configuration_is_a_preset_that_gives_the_same_run(preset: str
         "[learner]\nhidden = [64, 'x']\n",
         "environment = 3\n",
         "not toml",
+        f"[environment]\nenv = 0x{'f' * 5000}\n",
+        f"[run]\ntotal_steps = 0x{'f' * 5000}\n",
+        f"[learner]\nhidden = [{2**64}]\n",
+        "# long\n" * 3000,
+        "[record]\nout = '/anywhere'\n",
     ],
 )
 def test_a_bad_preset_file_is_refused(text: str, tmp_path: Path) -> None:
@@ -96,6 +101,20 @@ def test_a_bad_preset_file_is_refused(text: str, tmp_path: Path) -> None:
     preset.write_text(text, "utf-8")
     with pytest.raises(ConfigError, match="--preset"):
         load_preset(str(preset))
+
+
+@pytest.mark.parametrize("name", ["\U0001f600", "\x7f", '"', "\\u0041", "\n"])
+def test_an_edge_list_may_have_any_name(name: str) -> None:
+    config = train_command.parse(["--topology", name])
+    assert read_config(as_toml(config), "resume", "run").exchange.topology == name
+
+
+def test_a_preset_from_elsewhere_chooses_no_module(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.toml"
+    preset.write_text('[environment]\nenv = "evil:Task-v0"\n')
+    with pytest.raises(ConfigError, match=r"--preset: .* needs no import, or --env evil:Task-v0 beside it"):
+        train_command.parse(["--preset", str(preset)])
+    assert train_command.parse(["--preset", str(preset), "--env", "evil:Task-v0"]).environment.env == "evil:Task-v0"
 
 
 def test_every_setting_is_explained_in_the_help() -> None:

@@ -23,6 +23,7 @@ from test_cli import start_long_run
 from gala_mpi import lease, run_folder
 from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, encode, ranks_with_checkpoints, read
 from gala_mpi.config import ConfigError
+from gala_mpi.resume import _Found, _shares
 from gala_mpi.run_folder import _reopen, saved_config
 
 sys.path.insert(0, str(ROOT / "analysis"))
@@ -301,6 +302,7 @@ def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.Mon
     before = saved_config(run)
     assert before is not None
     config = dataclasses.replace(before, run=dataclasses.replace(before.run, resume=run))
+    run_id = run_folder.run_id_of(run)
     monkeypatch.setattr(lease, "WAIT_S", 0.5)
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     waits: list[float] = []
@@ -312,7 +314,7 @@ def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.Mon
     # It has ended in order: nobody waits.
     assert _reopen(config).segment == 1 and not waits
     assert sorted(path.name for path in run.glob("*.tmp")) == ["config.toml.mine.tmp", "mine.tmp"]
-    holder = lease.Lease(run, 1)
+    holder = lease.Lease(run, run_id, 1)
     holder.hold()
     with pytest.raises(ConfigError, match=r"expected a run that has ended; lease.json is still being touched"):
         _reopen(config)
@@ -321,10 +323,10 @@ def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.Mon
     # Killed, or just so slow that it is not there yet: the one is seen, the other not.
     assert _reopen(config).segment == 3 and waits == [0.5, 0.5]
     (run / "config.4.toml").write_text("")
-    monkeypatch.setattr(lease.time, "sleep", lambda _: lease.write_lease(run, 4))
+    monkeypatch.setattr(lease.time, "sleep", lambda _: lease.write_lease(run, run_id, 4))
     with pytest.raises(ConfigError, match="still being touched"):
         _reopen(config)
-    lease.write_lease(run, 4, ended=True)
+    lease.write_lease(run, run_id, 4, ended=True)
     # What could not be begun leaves nothing.
     with monkeypatch.context() as full, pytest.raises(ConfigError, match="No space left"):
         full.setattr(run_folder, "write_lease", no_room)
@@ -348,8 +350,12 @@ def test_who_was_taken_for_dead_ends(one_mpi: Mpi, tmp_path: Path) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGCONT)
     done = finish(process, 60)
-    assert done.returncode == 75 and "stopped (another start goes on with this run)" in done.stdout, done.stderr
-    assert json.loads((run / "lease.json").read_text()) == {"segment": 1, "ended": True}
+    assert done.returncode == 75 and "stopped (another start has the run's folder)" in done.stdout, done.stderr
+    assert json.loads((run / "lease.json").read_text()) == {
+        "run_id": run_folder.run_id_of(run),
+        "segment": 1,
+        "ended": True,
+    }
 
 
 @pytest.mark.parametrize("left", [("run.json",), ("run.json", "lease.json")])
@@ -397,8 +403,66 @@ def test_a_run_of_which_no_checkpoint_can_be_used_is_refused_and_stays_as_it_is(
 
 def test_a_rank_that_left_none_takes_another_ranks(one_mpi: Mpi, run: Path) -> None:
     shutil.rmtree(CheckpointFolder(run, 1).path)
+    rows = len(read_run(run).table("updates"))
     said = resume(one_mpi, run, 2, "--total-steps", "12_800")
     assert "rank 1 left no checkpoint: rank 1 goes on from that of rank 0" in said
+    # Its steps are counted all the same, and its rows stay, whatever it goes on from later.
+    assert re.search(r"finished: 1[23],\d\d\d steps, 6,\d\d\d of them in", said)
+    kept = len(read_run(run).table("updates"))
+    resume(one_mpi, run, 2, "--total-steps", "12_900")
+    assert rows + 90 < kept <= len(read_run(run).table("updates")) <= kept + 4
+
+
+def test_lost_training_does_not_count(run: Path) -> None:
+    """Of ranks that were killed: their newest checkpoints are behind what others knew of them."""
+    found = {rank: _Found(run, 0, 2, 10 * steps, steps, 2000, 1.0) for rank, steps in ((0, 1000), (1, 400))}
+    for size, shares in ((2, [1000, 400]), (1, [1400]), (4, [350] * 4)):
+        assert _shares(found, 2000, 2, size, False) == shares
+    assert _shares(found, 2000, 2, 2, True) == [700, 700]
+    # Of rank 1 nothing is left but what rank 0 knew.
+    del found[1]
+    assert _shares(found, 2000, 2, 2, False) == [1000, 1000]
+
+
+def test_a_segment_is_numbered_after_checkpoints_too(run: Path) -> None:
+    """Somebody has put away the metrics of all but the first start: newer checkpoints must have newer names."""
+    folder = CheckpointFolder(run, 0)
+    last = folder.newest_first()[0]
+    shutil.copy(last, folder.path / "segment-5-update-000000000001.safetensors")
+    assert run_folder.segments(run) == [0, 5]
+    (run / "rank-00000.999999999.h5").touch()
+    config = saved_config(run)
+    assert config is not None
+    with pytest.raises(ConfigError, match=r"--resume: .* a run whose files have segments below 999999999"):
+        _reopen(dataclasses.replace(config, run=dataclasses.replace(config.run, resume=run)))
+
+
+def test_a_run_whose_folder_another_has_now_ends_and_leaves_it_alone(one_mpi: Mpi, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_long_run(one_mpi, run, 2)
+    shutil.rmtree(run)
+    done = one_mpi.run(1, *CARTPOLE, "--total-steps", "1280", "--out", str(run))
+    assert done.returncode == 0, done.stderr
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ended = finish(process, 60)
+    assert ended.returncode == 5 and "stopped (another start has the run's folder)" in ended.stdout, ended.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_an_environment_of_a_module_is_imported_if_the_command_line_says_so(one_mpi: Mpi, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import gymnasium\n"
+        "gymnasium.register('Mine-v0', 'gymnasium.envs.classic_control.cartpole:CartPoleEnv', max_episode_steps=9)\n"
+    )
+    args = ("--env", "mine:Mine-v0", "--total-steps", "1280")
+    done = one_mpi.run(2, *CARTPOLE, *args, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = one_mpi.run(2, *TRAIN, "--resume", "run", "--total-steps", "2560", cwd=tmp_path)
+    assert done.returncode == 2 and "or --env mine:Mine-v0 beside it to allow it" in done.stderr
+    done = one_mpi.run(2, *TRAIN, "--resume", "run", "--env", "mine:Mine-v0", "--total-steps", "2560", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = one_mpi.run(1, *TRAIN, "--env", "nowhere:Mine-v0", cwd=tmp_path)
+    assert done.returncode == 2 and "No module named 'nowhere'" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(one_mpi: Mpi, run: Path) -> None:
@@ -471,6 +535,7 @@ def test_a_strangers_folder_runs_no_code_and_writes_nowhere_else(
     before = {path for path in tmp_path.rglob("*")}
     done = one_mpi.run(1, *TRAIN, "--resume", str(run), "--total-steps", "1280", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert trick != "an import" or "--env evil:CartPole-v1 beside it" in done.stderr
     assert {path for path in tmp_path.rglob("*")} == before
 
 

@@ -82,13 +82,37 @@ def group(file: h5py.File, _dtype: np.dtype) -> None:
     file.create_group("episodes")
 
 
+def bomb(file: h5py.File, dtype: np.dtype) -> None:
+    """A chunk that is small in the file only."""
+    rows = np.zeros(1, dtype)
+    file.create_dataset("episodes", data=rows, maxshape=(None,), chunks=(2**21,), compression="gzip")
+
+
+def words(file: h5py.File, dtype: np.dtype) -> None:
+    file.create_dataset("episodes", (1,), np.dtype([(name, "S8") for name in dtype.names or ()]))
+
+
 def update_alone(file: h5py.File, _dtype: np.dtype) -> None:
     file.create_dataset("episodes", (1,), np.dtype([("update", "<i8")]))
 
 
 @pytest.mark.parametrize(
     "make",
-    [external_link, soft_link, huge, huge_row, virtual, external_data, matrix, numbers, objects, group, update_alone],
+    [
+        external_link,
+        soft_link,
+        huge,
+        huge_row,
+        virtual,
+        external_data,
+        matrix,
+        numbers,
+        objects,
+        group,
+        update_alone,
+        bomb,
+        words,
+    ],
 )
 def test_a_table_that_is_not_the_files_own_is_refused(make: object, tmp_path: Path) -> None:
     make_run(tmp_path / "other")
@@ -112,6 +136,7 @@ def test_a_table_that_is_not_the_files_own_is_refused(make: object, tmp_path: Pa
         ("resumed", "{}"),
         ("resumed", '{"time_s": -1, "agent_steps": 0, "updates": []}'),
         ("resumed", '{"time_s": 1, "agent_steps": 0, "updates": ["x"]}'),
+        ("resumed", '{"time_s": 1, "agent_steps": 1%s, "updates": []}' % ("0" * 400)),
         ("schema", np.zeros(3)),
     ],
 )
@@ -125,6 +150,20 @@ def test_attributes_that_no_run_writes_are_refused(name: str, value: object, tmp
     done = run_script("learning_curves.py", tmp_path / "run")
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1 and str(path) in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["interval_s", "dimension", "length"])
+def test_sketches_that_no_run_draws_are_refused(wrong: str, tmp_path: Path) -> None:
+    for rank, length in ((0, 4), (1, 8 if wrong == "length" else 4)):
+        recorder = write_rank(tmp_path / "run", rank, dimension=length)
+        recorder.append("sketches", (1.0, 1, 1.0, np.ones(length, np.float32)))
+        recorder.close()
+    with h5py.File(tmp_path / "run" / "rank-00000.h5", "r+") as file:
+        if wrong != "length":
+            file["sketches"].attrs[wrong] = "x" if wrong == "interval_s" else 0
+    done = run_script("consensus.py", tmp_path / "run")
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "sketches" in done.stderr
 
 
 def test_a_name_that_would_be_a_formula_is_drawn_as_it_is(tmp_path: Path) -> None:
