@@ -92,9 +92,9 @@ class Run:
         return f"{', then '.join(sizes)} rank{'' if sizes == ['1'] else 's'}"
 
     @property
-    def missing(self) -> list[int]:
-        """Ranks of the run that left no file here."""
-        return [rank for rank in range(self.size) if not any(rank in segment.files for segment in self.segments)]
+    def missing(self) -> list[tuple[int, int]]:
+        """Segments and ranks that left no file here."""
+        return [(one.number, rank) for one in self.segments for rank in range(one.size) if rank not in one.files]
 
     def table(self, name: str) -> pd.DataFrame:
         """All rows of a table, rank by rank and segment by segment, with the writer's `rank` and the `segment`.
@@ -134,7 +134,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """The run in `folder`. Raises RunError if there is none, or one that cannot be read."""
     if not folder.is_dir():
-        raise RunError(f"{folder}: no such folder; expected the folder of a run")
+        raise RunError(f"{folder}: is no folder; expected the folder of a run")
     files: dict[int, dict[int, Path]] = {}
     for path in folder.iterdir():
         if match := FILE_NAME.fullmatch(path.name):
@@ -157,7 +157,9 @@ def read_run(folder: Path) -> Run:
     assert first is not None
     run = Run(folder, first["run_id"], first["env_id"], first["config"], segments)
     if run.missing:
-        print(f"warning: {folder}: no file of rank {', '.join(map(str, run.missing))}", file=sys.stderr)
+        names = [f"{rank}{f' in segment {segment}' if segment else ''}" for segment, rank in run.missing]
+        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+        print(f"warning: {folder}: no file of rank {', '.join(names[:20])}{more}", file=sys.stderr)
     return run
 
 
@@ -222,7 +224,9 @@ def _open(path: Path, read: Callable[[h5py.File], Any]) -> Any:
     # What h5py raises depends on what is wrong with the file.
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, RecursionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"{path}: cannot be read; expected an HDF5 file of a run ({reason})") from error
+        raise RunError(
+            f"{path}: cannot be read; expected an HDF5 file of a run ({reason}); without it the others can be"
+        ) from error
 
 
 def _left_open(path: Path) -> bool:
@@ -278,10 +282,13 @@ def output(folder: Path, name: str) -> Path:
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main function; a RunError becomes one line and exit code 2."""
+    """Run a script's main function; a RunError, or an OSError, becomes one line and exit code 2."""
     try:
         main()
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror} (--out names another folder for results)", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -23,7 +23,7 @@ from gala_mpi.board import Board, Overview, board_bytes
 from gala_mpi.checkpoint import LARGEST_COUNT
 from gala_mpi.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
 from gala_mpi.collective import on_all_ranks
-from gala_mpi.config import TrainConfig
+from gala_mpi.config import ConfigError, TrainConfig
 from gala_mpi.courier import Courier
 from gala_mpi.environments import is_atari, make_simulators
 from gala_mpi.exchange import Exchange, make_exchange, window_bytes
@@ -168,6 +168,11 @@ class Agent:
             log.warning,
             synchronous=self._exchange.synchronous,
         )
+        if resumption is None and info.after_an_end:
+            # Each start writes one before its first update.
+            raise ConfigError(
+                "resume", str(info.folder), "a run whose checkpoints are still there, as it ended in order"
+            )
         if comm.rank == 0:
             if resumption is None:
                 log.warning("%s holds no checkpoint: the run begins anew", info.folder)

@@ -21,7 +21,12 @@ def parse(options: type[T], command: str, description: str, args: list[str], def
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return _tyro(options, command, description, args, default)
     except SystemExit as error:
-        raise UsageError(f"{_one_line(said.getvalue())} (see gala-mpi {command} --help)") from error
+        line = re.sub(
+            r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)",
+            r"\1: \2 cannot be used; expected an integer such as 1_000_000",
+            _one_line(said.getvalue()),
+        )
+        raise UsageError(f"{line} (see gala-mpi {command} --help)") from error
 
 
 def help_text(options: type[T], command: str, description: str, default: T | None = None) -> str:

@@ -23,6 +23,7 @@ Other commands, each with a --help of its own:
   gala-mpi topology   degrees, mixing weights and spectral gap of a topology, and a drawing
   gala-mpi doctor     examine MPI, the nodes and the file system (under mpirun or srun)
   gala-mpi bench      measure the cost of an exchange (under mpirun or srun)
+  gala-mpi --version  print the version
 """
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 

@@ -40,7 +40,7 @@ def _above_zero(section: object, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
         if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(name, value, "a number above 0")
+            raise ConfigError(name, value, "a finite number above 0")
 
 
 def _fraction(section: object, *names: str) -> None:
@@ -116,8 +116,8 @@ class LearnerConfig:
         _above_zero(self, "learning_rate", "max_grad_norm", "rmsprop_epsilon")
         _at_least(self, 0, "entropy_weight", "value_weight")
         _fraction(self, "gamma", "rmsprop_alpha")
-        if any(width < 1 for width in self.hidden):
-            raise ConfigError("hidden", self.hidden, "widths of at least 1")
+        if not self.hidden or any(width < 1 for width in self.hidden):
+            raise ConfigError("hidden", self.hidden, "one or more widths of at least 1")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ LARGEST_BYTES = 1024
 BEAT_S = 1.0
 # Some beats: file systems round times, and may be slow.
 WAIT_S = 5.0
+REMEDY = "if no job goes on with the run, remove it"
 log = logging.getLogger(__name__)
 
 
@@ -48,16 +49,20 @@ def write_lease(folder: Path, run_id: str, segment: int, *, ended: bool = False)
     write_file(folder / LEASE_FILE, json.dumps(content).encode())
 
 
-def check_free(folder: Path, last: int) -> None:
-    """Raise LeaseError if somebody holds the run, whose last segment is `last`. May wait for WAIT_S."""
+def check_free(folder: Path, last: int) -> bool:
+    """Raise LeaseError if somebody holds the run, whose last segment is `last`; whether that ended in order.
+
+    May wait for WAIT_S.
+    """
     before = _look(folder)
     # A segment later than the lease is one that is only being begun, or was killed there.
     if before is not None and before.segment >= last and before.ended:
-        return
+        return True
     log.warning("%s: has not ended in order; waiting %g s to see whether it still goes on", folder, WAIT_S)
     time.sleep(WAIT_S)
     if _look(folder) != before:
         raise LeaseError(f"{LEASE_FILE} is still being touched: end the job that holds it by a signal, or wait for it")
+    return False
 
 
 def _look(folder: Path) -> _Found | None:
@@ -69,12 +74,12 @@ def _look(folder: Path) -> _Found | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise LeaseError(f"{LEASE_FILE} cannot be read: {first_line(error)}") from error
+        raise LeaseError(f"{LEASE_FILE} cannot be read ({first_line(error)}): {REMEDY}") from error
     if not isinstance(content, dict):
         content = {}
     run_id, segment = content.get("run_id"), content.get("segment")
     if not isinstance(run_id, str) or type(segment) is not int:
-        raise LeaseError(f"{LEASE_FILE} is not one of gala-mpi")
+        raise LeaseError(f"{LEASE_FILE} is not one of gala-mpi: {REMEDY}")
     return _Found((about.st_ino, about.st_mtime_ns), run_id, segment, content.get("ended") is True)
 
 
@@ -102,15 +107,22 @@ class Lease:
         self._thread.join(WAIT_S)
         return True
 
-    def end(self, *, begun: bool = True) -> None:
-        """Note an orderly end, if this rank holds the run: of the segment before, if this one has not begun."""
+    def end(self) -> None:
+        """Note an orderly end, if this rank holds the run."""
+        self._note(self._segment, ended=True)
+
+    def give_back(self, *, ended: bool) -> None:
+        """Note, if this rank holds the run, that this segment has not begun; whether the one before ended in order."""
+        self._note(self._segment - 1, ended=ended)
+
+    def _note(self, segment: int, *, ended: bool) -> None:
         if not self.let_go():
             return
         # Without the note the next start only waits for longer.
         with contextlib.suppress(OSError, LeaseError):
             self._look_for_another()
             if not self.lost:
-                write_lease(self._folder, self._run_id, self._segment - (not begun), ended=True)
+                write_lease(self._folder, self._run_id, segment, ended=ended)
 
     def _look_for_another(self) -> None:
         found = _look(self._folder)

@@ -91,7 +91,7 @@ def find_checkpoints(
     *,
     synchronous: bool,
 ) -> Resumption | None:
-    """What this rank goes on from, or None if the run was ended before any rank had left a checkpoint. Collective.
+    """What this rank goes on from, or None if no rank has left a checkpoint. Collective.
 
     `check` raises CheckpointError for what does not fit. Rank r takes the checkpoint of rank r modulo their number
     then. One that cannot be used is named by `warn`, and the one before it taken; raises UsageError, on all ranks, if
@@ -180,31 +180,37 @@ def _examine(
     run: Path, ranks: list[int], examine: Callable[[Path], Checkpoint], warn: Callable[[str], None]
 ) -> tuple[dict[int, _Found], int]:
     """The newest checkpoint of each of some ranks, and how many could not be used."""
+    refused: list[CheckpointError] = []
+
+    def usable(path: Path, rank: int) -> _Found | None:
+        try:
+            facts = examine(path).facts
+            if facts.rank != rank:
+                raise CheckpointError(f"{path}: cannot be used: it is one of rank {facts.rank}")
+        except CheckpointError as error:
+            refused.append(error)
+            warn(str(error))
+            return None
+        about = (facts.segment, facts.size, facts.update, facts.agent_steps, facts.total_steps, facts.time_s)
+        return _Found(path, *about)
+
     found: dict[int, _Found] = {}
-    refused = 0
     for rank in ranks:
         try:
             folder = CheckpointFolder(run, rank)
-            # The best one as the last resort.
-            paths = [*folder.newest_first(), *folder.path.glob(BEST)]
+            paths, best = folder.newest_first(), list(folder.path.glob(BEST))
         except (CheckpointError, OSError) as error:
             raise UsageError(f"--resume: {error}") from error
-        before = refused
-        for path in paths:
-            try:
-                facts = examine(path).facts
-                if facts.rank != rank:
-                    raise CheckpointError(f"{path}: cannot be used: it is one of rank {facts.rank}")
-            except CheckpointError as error:
-                refused += 1
-                warn(str(error))
-                continue
-            about = (facts.segment, facts.size, facts.update, facts.agent_steps, facts.total_steps, facts.time_s)
-            found[rank] = _Found(path, *about)
-            if refused > before:
-                warn(f"rank {rank} goes on from {path.name}, of update {facts.update}, instead")
-            break
-    return found, refused
+        newest = next((one for path in paths if (one := usable(path, rank))), None)
+        if newest is None or newest.path != paths[0]:
+            # The best one may be newer than what is left of the others.
+            left = [one for one in (newest, *(usable(path, rank) for path in best)) if one]
+            newest = max(left, key=lambda one: (one.segment, one.update), default=None)
+            if newest is not None:
+                warn(f"rank {rank} goes on from {newest.path.name}, of update {newest.update}, instead")
+        if newest is not None:
+            found[rank] = newest
+    return found, len(refused)
 
 
 def check_changes(before: TrainConfig, now: TrainConfig, run: Path) -> list[str]:

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,8 @@ class RunInfo:
     run_id: str
     started: str
     segment: int
+    after_an_end: bool
+    """Whether the segment before, if any, ended in order."""
 
 
 def config_file(folder: Path, segment: int) -> Path:
@@ -121,7 +123,7 @@ def _create(config: TrainConfig) -> RunInfo:
         out = Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     out = out.absolute()
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    info = RunInfo(out, made, uuid.uuid4().hex, _now(), 0)
+    info = RunInfo(out, made, uuid.uuid4().hex, _now(), 0, False)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # First, and only if it is not there: with it the folder is this run's.
@@ -138,7 +140,7 @@ def _create(config: TrainConfig) -> RunInfo:
     except OSError as error:
         discard_run(info)
         raise _not_written(config.record.out or out, error) from error
-    return RunInfo(out.resolve(), made, info.run_id, info.started, 0)
+    return replace(info, folder=out.resolve())
 
 
 def _not_written(out: Path, error: OSError) -> ConfigError:
@@ -154,7 +156,7 @@ def _reopen(config: TrainConfig) -> RunInfo:
     if last >= LAST_SEGMENT:
         raise ConfigError("resume", str(folder), f"a run whose files have segments below {LAST_SEGMENT}")
     try:
-        check_free(folder, last)
+        ended = check_free(folder, last)
         write_new_file(config_file(folder, segment), as_toml(config).encode())
         try:
             write_lease(folder, run_id, segment)
@@ -168,7 +170,7 @@ def _reopen(config: TrainConfig) -> RunInfo:
     except OSError as error:
         raise ConfigError("resume", str(folder), f"a folder that can be written ({error.strerror})") from error
     _tidy_up(folder)
-    return RunInfo(folder.resolve(), [], run_id, _now(), segment)
+    return RunInfo(folder.resolve(), [], run_id, _now(), segment, ended)
 
 
 def _tidy_up(folder: Path) -> None:
@@ -204,6 +206,8 @@ def saved_config(folder: Path) -> TrainConfig | None:
         numbers = [number for number in begun if os.path.lexists(config_file(folder, number))]
         path = config_file(folder, max(numbers, default=0))
         text = read_file(path, LARGEST_BYTES).decode()
+        if "[environment]" not in text:
+            raise ValueError("it is not whole: it has no section [environment]")
     except (OSError, ValueError) as error:
         raise ConfigError("resume", str(folder), f"{A_RUN} ({path.name}: {first_line(error)})") from error
     return read_config(text, "resume", str(folder))

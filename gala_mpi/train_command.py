@@ -59,7 +59,7 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
         except UsageError:
             lease.let_go()
             if comm.rank == 0:
-                lease.end(begun=False)
+                lease.give_back(ended=info.after_an_end)
                 discard_run(info)
             raise
     if comm.rank == 0:
@@ -123,7 +123,8 @@ def parse(args: list[str]) -> TrainConfig:
     preset, resume = _option(args, "--preset"), _option(args, "--resume")
     before = None
     if resume is not None and not Path(resume).is_dir():
-        raise ConfigError("resume", resume, "the folder of a run, which is there")
+        what = "the folder of a run, not a file" if Path(resume).exists() else "the folder of a run; there is none here"
+        raise ConfigError("resume", resume, what)
     if resume is not None and preset is None:
         before = saved_config(Path(resume))
     if before is None:
@@ -196,10 +197,13 @@ def _farewell(summary: Summary, info: RunInfo, config: TrainConfig, *, taken_ove
     missed += f"ranks that ended by an error: {', '.join(map(str, summary.failed))}\n" if summary.failed else ""
     if summary.unwritten:
         ranks = ", ".join(map(str, summary.unwritten))
-        missed += f"ranks that could not write all metrics, or their last checkpoint: {ranks} (make room there)\n"
+        missed += (
+            f"ranks that could not write all metrics, or their last checkpoint: {ranks} (make room there, or put the "
+            "folder back)\n"
+        )
     missed += f"ranks that diverged: {', '.join(map(str, summary.diverged))}\n" if summary.diverged else ""
     left = config.run.total_steps - summary.total_steps
-    if taken_over:
+    if taken_over or not info.folder.is_dir():
         onward = ""
     elif summary.stopped or left > 0:
         onward = f"; go on with --resume {info.folder}"

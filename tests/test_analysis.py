@@ -163,7 +163,7 @@ def broken(tmp_path: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("no folder", "no such folder"),
+        ("no folder", "is no folder"),
         ("empty", "no file rank-00000.h5"),
         ("not HDF5", "rank-00000.h5: cannot be read"),
         ("other schema", "schema 99 is unknown; expected 1"),

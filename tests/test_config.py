@@ -47,6 +47,8 @@ def test_the_reference_preset_holds_the_settings_of_the_reference() -> None:
         (["--simulators", "many"], "--simulators", "many"),
         (["--simulatorz", "3"], "--simulatorz", "3"),
         (["--simulators"], "--simulators", ""),
+        (["--hidden"], "--hidden", "()"),
+        (["--total-steps", "1e6"], "--total-steps", "'1e6' cannot be used; expected an integer such as 1_000_000"),
     ],
 )
 def test_a_refusal_is_one_line_with_field_and_value(args: list[str], field: str, value: str) -> None:

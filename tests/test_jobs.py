@@ -70,6 +70,12 @@ def test_a_folder_among_the_arguments_is_refused(given: str, tmp_path: Path) -> 
     assert ended.returncode == 2 and ended.stderr.startswith(f"{given}: set GALA_MPI_OUT")
 
 
+def test_an_environment_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ENVIRONMENT", tmp_path)
+    ended = finish(start(tmp_path), 60)
+    assert ended.returncode == 2 and ended.stderr.startswith(f"GALA_MPI_ENV: {tmp_path} is no virtual environment")
+
+
 def test_a_rank_that_is_killed_on_the_way_does_not_keep_a_job_from_the_queue(tmp_path: Path) -> None:
     """srun gives the greatest code of all ranks, that of the killed one."""
     launcher = tmp_path / "bin" / "srun"
