@@ -13,6 +13,7 @@ episodes must be at least 475. The result is written anew after each start, so w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -88,12 +89,13 @@ def examine(run: Path) -> dict[str, Any]:
     try:
         found = read_run(run)
         table = found.table("updates")
+        by_number = {segment.number: segment for segment in found.segments}
         for rank, rows in table.groupby("rank"):
-            if not np.array_equal(np.diff(rows["update"]), np.ones(len(rows) - 1)):
-                # Ranks that took part in some segments alone have gaps between them.
-                for _, part in rows.groupby("segment"):
-                    if not np.array_equal(np.diff(part["update"]), np.ones(len(part) - 1)):
-                        wrong.append(f"rank {rank}: rows are missing or out of order")
+            for (_, one), (_, other) in itertools.pairwise(rows[["segment", "update"]].iterrows()):
+                # A rank that was not in the segment before, or left no checkpoint there, went on from another's update.
+                away = one["segment"] != other["segment"] and by_number[other["segment"]].went_on(rank) is None
+                if other["update"] != one["update"] + 1 and not away:
+                    wrong.append(f"rank {rank}: rows are missing or out of order at update {other['update']}")
             last = found.segments[-1].number
             if rank in newest and (rows["segment"] == last).any():
                 lost_s = max(lost_s, float(rows["time_s"].max()) - newest[rank])
