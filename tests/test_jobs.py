@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LAUNCHER_VARIABLES, ROOT, Mpi, finish, kill
-from test_cli import assert_closed
+from test_cli import SLOW, assert_closed
 
 ENVIRONMENT = Path(sys.executable).parent.parent
 
@@ -89,18 +89,6 @@ def test_a_rank_that_is_killed_on_the_way_does_not_keep_a_job_from_the_queue(tmp
     job.send_signal(signal.SIGUSR1)
     assert finish(job, 30).returncode == 137
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
-
-
-SLOW = """
-import sys, time
-from gala_mpi import agent, cli
-update = agent.Agent._one_update
-def slow(self):
-    update(self)
-    time.sleep(0.3)
-agent.Agent._one_update = slow
-sys.exit(cli.train(sys.argv[1:]))
-"""
 
 
 def test_an_interruptible_launcher_gives_long_updates_the_time_they_need(mpi: Mpi, tmp_path: Path) -> None:
