@@ -139,10 +139,12 @@ def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(mpi: Mpi, exch
     assert "[1/3] Traceback (most recent call last):" in done.stderr
 
 
-def start_long_run(mpi: Mpi, folder: Path, size: int, *args: str) -> subprocess.Popen[str]:
+def start_long_run(
+    mpi: Mpi, folder: Path, size: int, *args: str, command: Collection[str] = COMMAND
+) -> subprocess.Popen[str]:
     """A run that would take hours, already past its first rows."""
     process = mpi.start(
-        size, *COMMAND, "--total-steps", "1_000_000_000", "--flush-every-s", "0.5", "--out", str(folder), *args
+        size, *command, "--total-steps", "1_000_000_000", "--flush-every-s", "0.5", "--out", str(folder), *args
     )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
@@ -201,7 +203,7 @@ def test_a_signal_to_the_launcher_ends_all_with_closed_files(mpi: Mpi, number: s
     assert_closed(tmp_path / "run", 2)
 
 
-SLOW = """
+SLOW_UPDATES = """
 import sys, time
 from gala_mpi import agent, cli
 update = agent.Agent._one_update
@@ -211,16 +213,13 @@ def slow(self):
 agent.Agent._one_update = slow
 sys.exit(cli.train(sys.argv[1:]))
 """
+SLOW = ("-c", SLOW_UPDATES, "--preset", "cartpole", "--record-every", "1")
 
 
 def test_a_signal_to_a_rank_is_known_to_all_within_some_updates(mpi: Mpi, tmp_path: Path) -> None:
     """News doubles its readers with each update: log2(4) of them, the one that is under way, and one for the end."""
     run = tmp_path / "run"
-    process = mpi.start(4, "-c", SLOW, "--preset", "cartpole", "--record-every", "1", "--out", str(run))
-    deadline = time.monotonic() + 90
-    while len(list(run.glob("rank-*.h5"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(2)
+    process = start_long_run(mpi, run, 4, command=SLOW)
     told_at_s = time.time()
     os.kill(rank_process(process.pid, 2), signal.SIGTERM)
     done = finish(process, 60)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LAUNCHER_VARIABLES, ROOT, Mpi, finish, kill
-from test_cli import SLOW, assert_closed
+from test_cli import SLOW, assert_closed, start_long_run
 
 ENVIRONMENT = Path(sys.executable).parent.parent
 
@@ -94,11 +94,7 @@ def test_a_rank_that_is_killed_on_the_way_does_not_keep_a_job_from_the_queue(tmp
 def test_an_interruptible_launcher_gives_long_updates_the_time_they_need(mpi: Mpi, tmp_path: Path) -> None:
     mpi = replace(mpi, prefix=("bash", str(ROOT / "jobs" / "interruptible.sh")))
     run = tmp_path / "run"
-    process = mpi.start(2, "-c", SLOW, "--preset", "cartpole", "--record-every", "1", "--out", str(run))
-    deadline = time.monotonic() + 60
-    while len(list(run.glob("rank-*.h5"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
+    process = start_long_run(mpi, run, 2, command=SLOW)
     process.send_signal(signal.SIGINT)
     ended = finish(process, 60)
     assert ended.returncode == 75, ended.stderr
