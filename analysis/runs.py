@@ -35,7 +35,10 @@ COLUMNS = {
 }
 # In a rank's list of updates: of a rank whose checkpoints were gone.
 NOT_ITS_OWN = 2**43
+# Of steps and seconds: what the tables can hold.
 LARGEST_NUMBER = 2.0**63
+# Files that are missing are named up to so many.
+NAMED = 20
 FILE_NAME = re.compile(r"rank-(\d{5})(?:\.(\d+))?\.h5")
 
 
@@ -57,13 +60,12 @@ class Segment:
     begins: dict[int, int]
 
     def went_on(self, rank: int) -> int | None:
-        """The update of its own that `rank` went on from; None if it began anew, or with another rank's checkpoint.
+        """The update of its own that `rank` went on from, after which its rows of earlier segments are void.
 
-        Its rows of earlier segments after that update are of training that was lost.
+        0 if the run began again, without a checkpoint; None in its first segment, and for a rank that took another's.
         """
         if self.resumed is None:
             return None
-        # From the start, without a checkpoint: nothing before counts.
         if self.resumed["time_s"] == 0:
             return 0
         updates = self.resumed["updates"]
@@ -92,9 +94,12 @@ class Run:
         return f"{', then '.join(sizes)} rank{'' if sizes == ['1'] else 's'}"
 
     @property
-    def missing(self) -> list[tuple[int, int]]:
-        """Segments and ranks that left no file here."""
-        return [(one.number, rank) for one in self.segments for rank in range(one.size) if rank not in one.files]
+    def missing(self) -> Iterator[str]:
+        """The names of files that should be here."""
+        for one in self.segments:
+            for rank in range(one.size):
+                if rank not in one.files:
+                    yield f"rank-{rank:05d}.{one.number}.h5" if one.number else f"rank-{rank:05d}.h5"
 
     def table(self, name: str) -> pd.DataFrame:
         """All rows of a table, rank by rank and segment by segment, with the writer's `rank` and the `segment`.
@@ -156,10 +161,9 @@ def read_run(folder: Path) -> Run:
         segments.append(Segment(number, head["size"], dict(sorted(of_segment.items())), head["resumed"], begins))
     assert first is not None
     run = Run(folder, first["run_id"], first["env_id"], first["config"], segments)
-    if run.missing:
-        names = [f"{rank}{f' in segment {segment}' if segment else ''}" for segment, rank in run.missing]
-        more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-        print(f"warning: {folder}: no file of rank {', '.join(names[:20])}{more}", file=sys.stderr)
+    if names := list(itertools.islice(run.missing, NAMED + 1)):
+        more = " and others" if len(names) > NAMED else ""
+        print(f"warning: {folder}: no file {', '.join(names[:NAMED])}{more}", file=sys.stderr)
     return run
 
 
@@ -205,7 +209,7 @@ def _rows(file: h5py.File, name: str) -> np.ndarray:
     if table.external or table.is_virtual:
         raise ValueError(f"{name} takes its rows from other files")
     # Of a file that is being written the length may be known a little before the rows. A chunk is read whole.
-    rows = max(len(table), *(table.chunks or (0,)))
+    rows = max(len(table), *(table.chunks or (0,))) if len(table) else 0
     if rows * table.dtype.itemsize > Path(file.filename).stat().st_size + 2**20:
         raise ValueError(f"{name} declares {rows:,} rows, more than the file holds")
     return table[:]
@@ -275,6 +279,8 @@ def plain(text: str) -> str:
 def output(folder: Path, name: str) -> Path:
     """The path of a result. Raises RunError if something else has its name: a link may lead out of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"{folder}: cannot be written; expected a folder that can: --out names another")
     path = folder / name
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise RunError(f"{path}: is no file of its own; expected one, or none")
@@ -285,10 +291,7 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's main function; a RunError, or an OSError, becomes one line and exit code 2."""
     try:
         main()
-    except RunError as error:
+    except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror} (--out names another folder for results)", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

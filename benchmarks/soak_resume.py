@@ -13,7 +13,6 @@ episodes must be at least 475. The result is written anew after each start, so w
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -89,13 +88,15 @@ def examine(run: Path) -> dict[str, Any]:
     try:
         found = read_run(run)
         table = found.table("updates")
-        by_number = {segment.number: segment for segment in found.segments}
         for rank, rows in table.groupby("rank"):
-            for (_, one), (_, other) in itertools.pairwise(rows[["segment", "update"]].iterrows()):
-                # A rank that was not in the segment before, or left no checkpoint there, went on from another's update.
-                away = one["segment"] != other["segment"] and by_number[other["segment"]].went_on(rank) is None
-                if other["update"] != one["update"] + 1 and not away:
-                    wrong.append(f"rank {rank}: rows are missing or out of order at update {other['update']}")
+            updates, numbers = rows["update"].to_numpy(), rows["segment"].to_numpy()
+            for seam in np.flatnonzero(np.diff(updates) != 1):
+                # A rank that was not in a segment before, or left no checkpoint there, went on from another's update.
+                between = [s for s in found.segments if numbers[seam] < s.number <= numbers[seam + 1]]
+                if all(segment.went_on(rank) is not None for segment in between):
+                    known = [(segment.number, segment.size, segment.resumed) for segment in found.segments]
+                    places = " and ".join(f"{updates[i]} of segment {numbers[i]}" for i in (seam, seam + 1))
+                    wrong.append(f"rank {rank}: rows are missing between updates {places}: {known}")
             last = found.segments[-1].number
             if rank in newest and (rows["segment"] == last).any():
                 lost_s = max(lost_s, float(rows["time_s"].max()) - newest[rank])

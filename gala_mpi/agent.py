@@ -135,18 +135,17 @@ class Agent:
         if resumption is not None:
             self._agent_steps, self._update = resumption.agent_steps[comm.rank], resumption.learner.facts.update
             self._begin_s = resumption.time_s
-            simulators_go_on = self._checkpointer.restore(resumption)
+            go_on = comm.allgather(self._checkpointer.restore(resumption))
         self._steps_before = self._board.total_steps
         self.origin: list[str] = []
-        """A line on what a run that was resumed goes on from; none for a new one."""
+        """Lines on what a run that was resumed goes on from; none for a new one."""
         if resumption is not None:
             updates = [update for update in resumption.updates if update < LARGEST_COUNT]
             between = f"updates {min(updates):,} to {max(updates):,}"
             self.origin = [f"goes on from {self._steps_before:,} steps (checkpoints of {between})"]
-            if not simulators_go_on:
-                self.origin += [
-                    "simulators, and what wrappers of theirs had learned, begin anew: they cannot be restored"
-                ]
+            if anew := [rank for rank, whether in enumerate(go_on) if not whether]:
+                which = "all ranks" if len(anew) == comm.size else f"rank {', '.join(map(str, anew))}"
+                self.origin += [f"simulators, and what their wrappers have learned, begin anew on {which}"]
         # The same instant on all ranks, from which they count; from then on by a clock that is never set back.
         comm.Barrier()
         self._zero_s = time.monotonic() - self._begin_s
@@ -169,7 +168,7 @@ class Agent:
             synchronous=self._exchange.synchronous,
         )
         if resumption is None and info.after_an_end:
-            # Each start writes one before its first update.
+            # Each start writes one before its first update, and none is said to have ended in order if it could not.
             raise ConfigError(
                 "resume", str(info.folder), "a run whose checkpoints are still there, as it ended in order"
             )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from gala_mpi import __version__
 from gala_mpi.config import UsageError
-from gala_mpi.exit_codes import EXIT_CONFIG, EXIT_ERROR
+from gala_mpi.exit_codes import EXIT_CONFIG, EXIT_ERROR, EXIT_OK
 from gala_mpi.signals import StopRequest, heard_by
 
 if TYPE_CHECKING:
@@ -192,4 +192,4 @@ def _print_once(text: str) -> int:
         except BrokenPipeError:
             # Who reads has seen enough; nothing is to be flushed at the end either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return EXIT_OK

@@ -195,15 +195,27 @@ def check_environment(env: str) -> None:
     if is_atari(env):
         _atari_game(env)
         return
-    module, _, name = env.rpartition(":")
+    module, colon, name = env.rpartition(":")
+    if colon:
+        _import(module, env)
     try:
-        if module:
-            importlib.import_module(module)
         gymnasium.spec(name)
-    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise ConfigError(
             "env", env, f"a Gymnasium id such as ALE/Pong-v5 or CartPole-v1 ({first_line(error)})"
         ) from error
+
+
+def _import(module: str, env: str) -> None:
+    """Import the module; what goes wrong within it is told as it is."""
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError("env", env, "the name of a module before the colon")
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigError("env", env, f"a module that can be imported before the colon ({error})") from error
 
 
 def make_simulators(config: EnvironmentConfig, threads: int) -> Simulators:

@@ -4,7 +4,8 @@
 from a thread of its own: rank 0, also while the ranks set up; then two of each node, so that one may die; and the one
 that speaks for the run, which notes an orderly end there. A start that finds a lease without that note waits for
 WAIT_S: if the file was touched meanwhile, the run goes on. The file is compared with itself alone, so clocks need not
-agree. All is local.
+agree. Whoever finds the lease of an earlier segment, from a start that was slow to write it, writes its own again;
+whoever finds that of a later one, or of another run, ends. All is local.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ class Lease:
         if found is None:
             return
         self.lost |= found.run_id != self._run_id or found.segment > self._segment
-        if found.segment < self._segment and not self.lost:
-            # Of an earlier start, which was slow to write it: it will see this one, and end.
+        if found.segment < self._segment and not self.lost and not self._ending.is_set():
+            # Of an earlier start, which was slow to write it: so it will see this one, and end.
             write_lease(self._folder, self._run_id, self._segment)
 
     def _run(self) -> None:

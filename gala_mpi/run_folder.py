@@ -123,7 +123,7 @@ def _create(config: TrainConfig) -> RunInfo:
         out = Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     out = out.absolute()
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    info = RunInfo(out, made, uuid.uuid4().hex, _now(), 0, False)
+    info = RunInfo(out, made, uuid.uuid4().hex, _now(), segment=0, after_an_end=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # First, and only if it is not there: with it the folder is this run's.
@@ -206,8 +206,8 @@ def saved_config(folder: Path) -> TrainConfig | None:
         numbers = [number for number in begun if os.path.lexists(config_file(folder, number))]
         path = config_file(folder, max(numbers, default=0))
         text = read_file(path, LARGEST_BYTES).decode()
-        if "[environment]" not in text:
-            raise ValueError("it is not whole: it has no section [environment]")
+        if absent := [name for name in vars(TrainConfig()) if f"\n[{name}]\n" not in f"\n{text}"]:
+            raise ValueError(f"it is not whole: it has no section [{absent[0]}]")
     except (OSError, ValueError) as error:
         raise ConfigError("resume", str(folder), f"{A_RUN} ({path.name}: {first_line(error)})") from error
     return read_config(text, "resume", str(folder))

@@ -58,6 +58,8 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
             agent = Agent(config, comm, info, lease, watchdog)
         except UsageError:
             lease.let_go()
+            # Raised on all ranks: none writes the lease any more.
+            comm.Barrier()
             if comm.rank == 0:
                 lease.give_back(ended=info.after_an_end)
                 discard_run(info)
@@ -70,7 +72,8 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
             print(profile_table(summary.profile, summary.updates))
         print(_farewell(summary, info, config, taken_over=lease.lost), flush=True)
         with watchdog.limit(4 * config.exchange.neighbour_timeout_s, f"writing {LEASE_FILE}"):
-            lease.end()
+            # Where checkpoints could not be written, the next start is not to count on them.
+            lease.let_go() if summary.unwritten else lease.end()
     code = _exit_code(summary)
     if summary.lost:
         _leave(comm, code, speaks=comm.rank == summary.speaker)

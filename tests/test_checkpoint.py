@@ -251,8 +251,8 @@ def test_a_best_one_that_cannot_be_written_costs_no_other(tmp_path: Path) -> Non
     folder.save(TENSORS, dataclasses.replace(update(2), best_return=400.0), best=True)
     assert folder.best_return(10**6, accept) == 400.0
 
-    def foreign(checkpoint: checkpoint.Checkpoint) -> None:
-        raise CheckpointError(f"{checkpoint.path}: of another run")
+    def foreign(one: checkpoint.Checkpoint) -> None:
+        raise CheckpointError(f"{one.path}: of another run")
 
     assert folder.best_return(10**6, foreign) == -math.inf
     (folder.path / BEST).write_bytes(b"damaged")

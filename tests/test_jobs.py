@@ -17,7 +17,7 @@ from test_cli import SLOW, assert_closed, start_long_run
 ENVIRONMENT = Path(sys.executable).parent.parent
 
 
-def start(folder: Path, *args: str, launcher: str = "mpirun") -> subprocess.Popen[str]:
+def start(folder: Path, *args: str, launcher: str = "mpirun", environment: Path = ENVIRONMENT) -> subprocess.Popen[str]:
     """Run the template as Slurm would, with a queue that only writes down what it is asked."""
     queue = folder / "bin" / "scontrol"
     queue.parent.mkdir(exist_ok=True)
@@ -25,7 +25,7 @@ def start(folder: Path, *args: str, launcher: str = "mpirun") -> subprocess.Pope
     queue.chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     slurm = {"SLURM_JOB_NAME": "test", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
-    ours = {"GALA_MPI_ENV": str(ENVIRONMENT), "GALA_MPI_LAUNCHER": launcher, "GALA_MPI_OUT": str(folder / "run")}
+    ours = {"GALA_MPI_ENV": str(environment), "GALA_MPI_LAUNCHER": launcher, "GALA_MPI_OUT": str(folder / "run")}
     return subprocess.Popen(
         ["bash", str(ROOT / "jobs" / "train.sbatch"), "--preset", "cartpole", *args],
         env={**clean, **slurm, **ours, "PATH": f"{queue.parent}:{clean['PATH']}"},
@@ -70,9 +70,8 @@ def test_a_folder_among_the_arguments_is_refused(given: str, tmp_path: Path) -> 
     assert ended.returncode == 2 and ended.stderr.startswith(f"{given}: set GALA_MPI_OUT")
 
 
-def test_an_environment_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "ENVIRONMENT", tmp_path)
-    ended = finish(start(tmp_path), 60)
+def test_an_environment_that_is_none_is_told(tmp_path: Path) -> None:
+    ended = finish(start(tmp_path, environment=tmp_path), 60)
     assert ended.returncode == 2 and ended.stderr.startswith(f"GALA_MPI_ENV: {tmp_path} is no virtual environment")
 
 

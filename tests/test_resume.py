@@ -416,15 +416,16 @@ def test_a_run_of_which_no_checkpoint_can_be_used_is_refused_and_stays_as_it_is(
 
 
 def test_a_rank_that_left_none_takes_another_ranks(one_mpi: Mpi, run: Path) -> None:
-    shutil.rmtree(CheckpointFolder(run, 1).path)
     rows = len(read_run(run).table("updates"))
+    taken = sum(newest(run, rank).facts.agent_steps for rank in range(2))
+    shutil.rmtree(CheckpointFolder(run, 1).path)
     said = resume(one_mpi, run, 2, "--total-steps", "12_800")
     assert "rank 1 left no checkpoint: rank 1 goes on from that of rank 0" in said
     # Its steps are counted all the same, and its rows stay, whatever it goes on from later.
-    assert re.search(r"finished: 1[23],\d\d\d steps, 6,\d\d\d of them in", said)
     kept = len(read_run(run).table("updates"))
+    assert kept >= rows + (12_800 - taken) // 64
     resume(one_mpi, run, 2, "--total-steps", "12_900")
-    assert rows + 90 < kept <= len(read_run(run).table("updates")) <= kept + 4
+    assert len(read_run(run).table("updates")) >= kept
 
 
 def test_lost_training_does_not_count(run: Path) -> None:
@@ -454,7 +455,7 @@ def test_a_segment_is_numbered_after_checkpoints_too(run: Path) -> None:
 def test_a_run_whose_folder_another_has_now_ends_and_leaves_it_alone(one_mpi: Mpi, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start_long_run(one_mpi, run, 2)
-    shutil.rmtree(run)
+    run.rename(tmp_path / "away")
     done = one_mpi.run(1, *CARTPOLE, "--total-steps", "1280", "--out", str(run))
     assert done.returncode == 0, done.stderr
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -477,21 +478,45 @@ def test_an_environment_of_a_module_is_imported_if_the_command_line_says_so(one_
     assert done.returncode == 0, done.stderr
     done = one_mpi.run(1, *TRAIN, "--env", "nowhere:Mine-v0", cwd=tmp_path)
     assert done.returncode == 2 and "No module named 'nowhere'" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = one_mpi.run(1, *TRAIN, "--env", ":Mine-v0", cwd=tmp_path)
+    assert done.returncode == 2 and "expected the name of a module before the colon" in done.stderr
+    (tmp_path / "broken.py").write_text("int('a mistake of mine')\n")
+    done = one_mpi.run(1, *TRAIN, "--env", "broken:Mine-v0", cwd=tmp_path)
+    assert done.returncode == 1 and "ValueError: invalid literal" in done.stderr and "broken.py" in done.stderr
 
 
-def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(one_mpi: Mpi, run: Path) -> None:
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(one_mpi: Mpi, run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    done = one_mpi.run(2, *TRAIN, "--resume", str(run))
-    assert done.returncode == 2 and "expected a run whose checkpoints are still there" in done.stderr, done.stderr
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    # Killed at once.
     lease.write_lease(run, run_folder.run_id_of(run), 0)
     said = resume(one_mpi, run, 2)
     assert "holds no checkpoint: the run begins anew" in said
     table = read_run(run).table("updates")
     # All before it is void.
     assert (table["segment"] == 1).all() and table["agent_steps"].max() < 6_400
+
+
+def test_a_run_that_ended_in_order_and_lost_its_checkpoints_is_refused(mpi: Mpi, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for _ in range(2):
+        done = mpi.run(2, *TRAIN, "--resume", str(run))
+        assert done.returncode == 2 and "expected a run whose checkpoints are still there" in done.stderr, done.stderr
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_could_write_no_checkpoint_is_gone_on_with(one_mpi: Mpi, tmp_path: Path) -> None:
+    """As where a disk is full: it has not ended in order."""
+    run = tmp_path / "run"
+    program = (
+        "import errno, sys\n"
+        "from gala_mpi import cli, checkpoint\n"
+        "def full(*args, **more): raise OSError(errno.ENOSPC, 'full')\n"
+        "checkpoint.CheckpointFolder.save = full\n"
+        "sys.exit(cli.train(sys.argv[1:]))\n"
+    )
+    done = one_mpi.run(2, "-c", program, *CARTPOLE[3:], "--total-steps", "1280", "--out", str(run))
+    assert done.returncode == 5, done.stderr
+    assert "holds no checkpoint: the run begins anew" in resume(one_mpi, run, 2)
 
 
 def test_what_has_changed_is_told_and_what_must_not_is_refused(one_mpi: Mpi, tmp_path: Path) -> None:
