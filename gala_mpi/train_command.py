@@ -73,7 +73,10 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
         print(_farewell(summary, info, config, taken_over=lease.lost), flush=True)
         with watchdog.limit(4 * config.exchange.neighbour_timeout_s, f"writing {LEASE_FILE}"):
             # Where checkpoints could not be written, the next start is not to count on them.
-            lease.let_go() if summary.unwritten else lease.end()
+            if summary.unwritten:
+                lease.let_go()
+            else:
+                lease.end()
     code = _exit_code(summary)
     if summary.lost:
         _leave(comm, code, speaks=comm.rank == summary.speaker)
