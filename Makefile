@@ -9,8 +9,8 @@
 PYTHON ?= python3
 RANKS ?= 4
 DEMO_SECONDS ?= 120
-# Two at a time: many tests wait for ranks that are slow, silent or gone.
-PYTEST_ARGS ?= -n 2
+# Three at a time: many tests wait for ranks that are slow, silent or gone.
+PYTEST_ARGS ?= -n 3
 VENV := .venv
 BIN := $(VENV)/bin
 SECOND := .venv-openmpi
