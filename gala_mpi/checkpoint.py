@@ -211,20 +211,16 @@ class CheckpointFolder:
                 folder.mkdir(exist_ok=True)
                 sync_folder(folder.parent)
         # A start that was taken for dead leaves alone what belongs to the one that went on.
-        superseded = self._names_a_later(facts.segment)
+        here = list(self.path.iterdir())
+        superseded = any(int(match[1]) > facts.segment for path in here if (match := NAME.match(path.name)))
         if not superseded:
             # What killed writers left may be what fills the disk.
-            self._remove(self.path.glob("*.tmp"))
+            self._remove(path for path in here if path.suffix == ".tmp")
         mine = self.path / f"segment-{facts.segment}-update-{facts.update:012d}.safetensors"
         write_file(mine, data)
         self._remove(path for path in self.newest_first()[self._keep :] if path != mine)
         if best and not superseded:
             write_file(self.path / BEST, data)
-
-    def _names_a_later(self, segment: int) -> bool:
-        """Whether something of a later segment is here, or is just being written."""
-        names = (NAME.match(path.name) for path in self.path.iterdir())
-        return any(int(match[1]) > segment for match in names if match)
 
     @staticmethod
     def _remove(paths: Iterable[Path]) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 OF_A_RUN = (RUN_FILE, "config.toml", "checkpoints")
-LARGEST_BYTES = CONFIG_BYTES
 # Belongs to one start of a run alone.
 LEFT_OUT = ("preset", "out", "resume", "time_limit_s")
 SEGMENT_OF = re.compile(
@@ -75,7 +75,10 @@ def holds_a_run(folder: Path) -> bool:
 
 def segments(folder: Path) -> list[int]:
     """The numbers of the segments that left something, ascending."""
-    paths = [*folder.iterdir(), *folder.glob("checkpoints/rank-*/segment-*")]
+    return _segments_of([*folder.iterdir(), *folder.glob("checkpoints/rank-*/segment-*")])
+
+
+def _segments_of(paths: Iterable[Path]) -> list[int]:
     return sorted({int(m["later"] or m["saved"] or 0) for path in paths if (m := SEGMENT_OF.fullmatch(path.name))})
 
 
@@ -184,7 +187,7 @@ def _tidy_up(folder: Path) -> None:
 def run_id_of(folder: Path) -> str:
     """The run's id. Raises ConfigError if this is no run's folder."""
     try:
-        about = json.loads(read_file(folder / RUN_FILE, LARGEST_BYTES))
+        about = json.loads(read_file(folder / RUN_FILE, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError("resume", str(folder), f"{A_RUN} ({RUN_FILE}: {first_line(error)})") from error
     run_id = about.get("run_id") if isinstance(about, dict) else None
@@ -200,12 +203,13 @@ def saved_config(folder: Path) -> TrainConfig | None:
     """
     path = config_file(folder, 0)
     try:
-        begun = segments(folder)
+        # Without the checkpoints: there may be many, of many ranks.
+        begun = _segments_of(folder.iterdir())
         if not begun and not (folder / "checkpoints").exists():
             return None
         numbers = [number for number in begun if os.path.lexists(config_file(folder, number))]
         path = config_file(folder, max(numbers, default=0))
-        text = read_file(path, LARGEST_BYTES).decode()
+        text = read_file(path, CONFIG_BYTES).decode()
         if absent := [name for name in vars(TrainConfig()) if f"\n[{name}]\n" not in f"\n{text}"]:
             raise ValueError(f"it is not whole: it has no section [{absent[0]}]")
     except (OSError, ValueError) as error:
