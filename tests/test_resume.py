@@ -169,11 +169,18 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
         totals += [total]
     said = resume(mpi, run, 3, "--total-steps", "25_600")
     assert re.search(r"2[56],\d\d\d steps, \d+,?\d* of them in", said)
-    data = curve(read_run(run), 10)
-    assert (np.diff(data["agent_steps"]) >= 0).all() and 25_000 < data["agent_steps"].iloc[-1] < 27_000
-    marks = seams(read_run(run))
+    found = read_run(run)
+    data, marks = curve(found, 10), seams(found)
+    assert (np.diff(data["agent_steps"]) >= 0).all()
     assert (np.diff(marks["time_s"]) >= 0).all() and len(marks) == 4
     np.testing.assert_allclose(marks["agent_steps"], [*totals, steps], atol=4)
+    # The curve ends with the last episode: one ends within 500 steps of a simulator.
+    assert marks["agent_steps"].iloc[-1] < data["agent_steps"].iloc[-1]
+    updates, episodes = (table[table["segment"] == 4] for table in (found.table("updates"), found.table("episodes")))
+    assert 25_000 < updates.groupby("rank")["agent_steps"].max().sum() < 27_000
+    # No row is missing of those ranks whose count began with the segment.
+    for rank in (1, 2):
+        assert (episodes["rank"] == rank).sum() == newest(run, rank).facts.episodes > 0
 
 
 @pytest.mark.slow
