@@ -28,7 +28,7 @@ from gala_mpi.courier import Courier
 from gala_mpi.environments import is_atari, make_simulators
 from gala_mpi.exchange import Exchange, make_exchange, window_bytes
 from gala_mpi.gossip import DivergedError
-from gala_mpi.learner import Learner
+from gala_mpi.learner import make_learner
 from gala_mpi.lease import Lease
 from gala_mpi.metrics import Metrics, open_recorder
 from gala_mpi.monitor import Monitor
@@ -95,8 +95,13 @@ class Agent:
         if device.type == "cuda":
             # Streams and graphs are those of the current device.
             torch.cuda.set_device(device)
-        # The threads of a network for flat observations wait for each other longer than they compute.
-        torch.set_num_threads(threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
+            # Of the ways to a gradient those that add in a fixed order: the same to the bit each time.
+            torch.backends.cudnn.deterministic = True
+            # What is left for a CPU are copies, and threads that wait for work take it from the simulators'.
+            torch.set_num_threads(1)
+        else:
+            # The threads of a network for flat observations wait for each other longer than they compute.
+            torch.set_num_threads(threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
         # One stream for each use: parameters from the seed alone, simulators and actions by rank.
         shared = make_generator(int(np.random.SeedSequence([config.run.seed]).generate_state(1)[0]))
         self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
@@ -113,7 +118,7 @@ class Agent:
         self._stopwatch = Stopwatch(torch.cuda.synchronize if waits else None)
         rate = learning_rate(config, comm.size)
         average = self._exchange.average_gradient
-        self._learner = Learner(self._flat, config.learner, rate, average, self._stopwatch)
+        self._learner = make_learner(self._flat, config.learner, rate, average, self._stopwatch)
         keep = config.record.keep_checkpoints
         folder = on_all_ranks(comm, lambda: make_checkpoint_folder(info.folder, comm.rank, keep))
         resumption = self._find_checkpoints(info) if info.segment else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,12 @@ import torch
 
 from gala_mpi import _native
 from gala_mpi.config import LearnerConfig
+from gala_mpi.cuda_graph import CudaGraph
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.rollout import Rollout, n_step_returns
 from gala_mpi.stopwatch import Stopwatch
+
+Terms = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Losses:
     policy_loss: torch.Tensor
     value_loss: torch.Tensor
     entropy: torch.Tensor
-    grad_norm: torch.Tensor
     explained_variance: torch.Tensor
+    grad_norm: torch.Tensor
     update_norm: torch.Tensor
 
 
@@ -53,7 +57,7 @@ def _explained_variance(rollout: Rollout, returns: torch.Tensor) -> torch.Tensor
 
 
 class Learner:
-    """RMSprop on the flat parameters, with the norm of the gradient bounded.
+    """RMSprop on the flat parameters, with the norm of the gradient bounded. For a CPU; see `make_learner`.
 
     `average_gradient`, if given, is called on the flat gradient (n,) between its computation and its use:
     the place of a synchronous all-reduce. `mean_square` (n,) is the optimiser's state.
@@ -69,7 +73,7 @@ class Learner:
     ) -> None:
         self._flat, self._config, self._learning_rate = flat, config, learning_rate
         self._average_gradient = average_gradient
-        self._stopwatch = stopwatch or Stopwatch()
+        self._lap = (stopwatch or Stopwatch()).lap
         self.mean_square = torch.zeros_like(flat.data)
 
     def forget(self) -> None:
@@ -82,42 +86,110 @@ class Learner:
         Only with `measure` are the norm of the parameters' change, which costs a copy of them, and the explained
         variance computed; else they are 0.
         """
-        flat, config, lap = self._flat, self._config, self._stopwatch.lap
-        total, policy_loss, value_loss, entropy, returns = actor_critic_loss(rollout, config)
-        lap("loss")
-        flat.grad.zero_()
-        total.backward()  # type: ignore[no-untyped-call]
-        lap("backward")
-        if self._average_gradient is not None:
-            self._average_gradient(flat.grad)
-            lap("exchange")
-        grad_norm = torch.linalg.vector_norm(flat.grad)
         learning_rate = self._learning_rate
-        if config.learning_rate_decay == "linear":
+        if self._config.learning_rate_decay == "linear":
             learning_rate *= max(1 - progress, 0)
-        before = flat.data.clone() if measure else flat.data
-        self._step(grad_norm, learning_rate)
-        zero = returns.new_zeros(())
-        losses = Losses(
-            policy_loss=policy_loss.detach(),
-            value_loss=value_loss.detach(),
-            entropy=entropy.detach(),
-            grad_norm=grad_norm,
-            explained_variance=_explained_variance(rollout, returns) if measure else zero,
-            update_norm=torch.linalg.vector_norm(flat.data - before) if measure else zero,
-        )
-        lap("optimiser")
-        return losses
+        terms = self._gradient(rollout, measure)
+        if self._average_gradient is not None:
+            self._average_gradient(self._flat.grad)
+            self._lap("exchange")
+        norms = self._step(learning_rate, measure)
+        self._lap("optimiser")
+        return Losses(*terms, *norms)
 
-    def _step(self, grad_norm: torch.Tensor, learning_rate: float) -> None:
-        """One step of RMSprop on the gradient, scaled down to the greatest norm if its own is longer."""
-        data, grad, square, config = self._flat.data, self._flat.grad, self.mean_square, self._config
-        alpha, epsilon = config.rmsprop_alpha, config.rmsprop_epsilon
-        if data.device.type == "cpu":
-            # A norm that is not a number makes all of them so: no half of the parameters goes on.
-            scale = min(config.max_grad_norm / (float(grad_norm) + 1e-6), 1.0)
-            _native.rmsprop(data.numpy(), grad.numpy(), square.numpy(), scale, learning_rate, alpha, epsilon)
-        else:
-            grad.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
-            square.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
-            data.addcdiv_(grad, square.sqrt().add_(epsilon), value=-learning_rate)
+    def _gradient(self, rollout: Rollout, measure: bool) -> Terms:
+        """Compute the flat gradient; the first terms of Losses."""
+        total, terms = self._loss(rollout, measure)
+        self._lap("loss")
+        self._backward(total)
+        self._lap("backward")
+        return terms
+
+    def _loss(self, rollout: Rollout, measure: bool) -> tuple[torch.Tensor, Terms]:
+        total, policy_loss, value_loss, entropy, returns = actor_critic_loss(rollout, self._config)
+        explained = _explained_variance(rollout, returns) if measure else returns.new_zeros(())
+        return total, (policy_loss.detach(), value_loss.detach(), entropy.detach(), explained)
+
+    def _backward(self, total: torch.Tensor) -> None:
+        self._flat.grad.zero_()
+        total.backward()  # type: ignore[no-untyped-call]
+
+    def _step(self, learning_rate: float, measure: bool) -> Terms:
+        """One step of RMSprop on the gradient, scaled down to the greatest norm if its own is longer.
+
+        The last terms of Losses.
+        """
+        data, grad, config = self._flat.data, self._flat.grad, self._config
+        grad_norm = torch.linalg.vector_norm(grad)
+        before = data.clone() if measure else data
+        # A norm that is not a number makes all of them so: no half of the parameters goes on.
+        scale = min(config.max_grad_norm / (float(grad_norm) + 1e-6), 1.0)
+        numbers = scale, learning_rate, config.rmsprop_alpha, config.rmsprop_epsilon
+        _native.rmsprop(data.numpy(), grad.numpy(), self.mean_square.numpy(), *numbers)
+        return grad_norm, torch.linalg.vector_norm(data - before) if measure else grad_norm.new_zeros(())
+
+
+class GpuLearner(Learner):
+    """The same on a GPU, where the gradient and the step are a CUDA graph each.
+
+    All rollouts must be of one collector, else ValueError. Everything is measured each time, and the losses of an
+    update are overwritten by the next one.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParameters,
+        config: LearnerConfig,
+        learning_rate: float,
+        average_gradient: Callable[[torch.Tensor], None] | None = None,
+        stopwatch: Stopwatch | None = None,
+    ) -> None:
+        super().__init__(flat, config, learning_rate, average_gradient, stopwatch)
+        self._rate = torch.zeros((), device=flat.data.device)
+        self._places: dict[str, int] = {}
+        self._gradient_graph: CudaGraph[Terms] | None = None
+        state = flat.data, flat.grad, self.mean_square
+        self._step_graph = CudaGraph(
+            lambda: self._rmsprop(*state), rehearsal=lambda: self._rmsprop(*(tensor.clone() for tensor in state))
+        )
+
+    def _gradient(self, rollout: Rollout, measure: bool) -> Terms:
+        places = {name: value.data_ptr() for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)}
+        if self._gradient_graph is None:
+            self._places = places
+            self._gradient_graph = CudaGraph(lambda: self._whole_gradient(rollout))
+        elif places != self._places:
+            raise ValueError("on a GPU all rollouts that a learner is given must be of one collector")
+        terms = self._gradient_graph.replay()
+        self._lap("backward")
+        return terms
+
+    def _whole_gradient(self, rollout: Rollout) -> Terms:
+        # A copy evaluates the policy's outputs itself, whoever has asked the rollout for them.
+        total, terms = self._loss(dataclasses.replace(rollout), measure=True)
+        self._backward(total)
+        return terms
+
+    def _step(self, learning_rate: float, measure: bool) -> Terms:
+        self._rate.fill_(learning_rate)
+        return self._step_graph.replay()
+
+    def _rmsprop(self, data: torch.Tensor, grad: torch.Tensor, square: torch.Tensor) -> Terms:
+        config = self._config
+        grad_norm, before = torch.linalg.vector_norm(grad), data.clone()
+        grad.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
+        square.mul_(config.rmsprop_alpha).addcmul_(grad, grad, value=1 - config.rmsprop_alpha)
+        data.addcdiv_(grad * self._rate, square.sqrt().add_(config.rmsprop_epsilon), value=-1)
+        return grad_norm, torch.linalg.vector_norm(data - before)
+
+
+def make_learner(
+    flat: FlatParameters,
+    config: LearnerConfig,
+    learning_rate: float,
+    average_gradient: Callable[[torch.Tensor], None] | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> Learner:
+    """The learner for the device on which the parameters are."""
+    kind = Learner if flat.data.device.type == "cpu" else GpuLearner
+    return kind(flat, config, learning_rate, average_gradient, stopwatch)

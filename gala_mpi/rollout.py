@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from gala_mpi.cuda_graph import CudaGraph
 from gala_mpi.environments import Episode, Simulators
 from gala_mpi.networks import Policy
 from gala_mpi.stopwatch import Stopwatch
 from gala_mpi.tape import Tape
 
+COLUMNS = {"rewards": torch.float32, "terminated": torch.bool, "truncated": torch.bool, "valid": torch.bool}
+
 
 @dataclass
 class Rollout:
-    """T steps of N simulators; tensors are (T, N). `log_probs`, `values` and `entropies` carry gradients.
+    """T steps of N simulators; tensors are (T, N), and the collector's own: the next rollout overwrites them.
 
-    `truncated_values` holds the value of the final observation where an episode was truncated, 0 elsewhere;
-    `last_values` (N,) that of the observation after the last step.
+    `log_probs`, `values` and `entropies`, which carry gradients, are what `evaluate` gives, which is called when one of
+    them is first asked for. `truncated_values` holds the value of the final observation where an episode was truncated,
+    0 elsewhere; `last_values` (N,) that of the observation after the last step.
     """
 
-    log_probs: torch.Tensor
-    values: torch.Tensor
-    entropies: torch.Tensor
+    evaluate: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     rewards: torch.Tensor
     terminated: torch.Tensor
     truncated: torch.Tensor
@@ -35,6 +38,25 @@ class Rollout:
     truncated_values: torch.Tensor
     last_values: torch.Tensor
     episodes: list[Episode]
+
+    @cached_property
+    def _evaluated(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.evaluate()
+
+    @cached_property
+    def log_probs(self) -> torch.Tensor:
+        """Log-probabilities of the actions."""
+        return self._evaluated[0]
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """Values of the observations."""
+        return self._evaluated[1]
+
+    @cached_property
+    def entropies(self) -> torch.Tensor:
+        """Entropies of the policy."""
+        return self._evaluated[2]
 
 
 def n_step_returns(rollout: Rollout, gamma: float) -> torch.Tensor:
@@ -85,6 +107,12 @@ class Collector:
         self._tape = Tape(policy, steps, simulators.count, observations.shape[1:], dtype)
         self._actions = torch.zeros(steps, simulators.count, dtype=torch.int64, device=self._device)
         self._noise = torch.zeros(steps, simulators.count, policy.actions, device=self._device)
+        self._truncated_values = torch.zeros(steps, simulators.count, device=self._device)
+        self._columns = {
+            name: torch.zeros(steps, simulators.count, dtype=dtype, device=self._device)
+            for name, dtype in COLUMNS.items()
+        }
+        self._graphs: dict[int, CudaGraph[torch.Tensor]] = {}
         self._observations = self._show(observations)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
@@ -134,17 +162,15 @@ class Collector:
 
     def collect(self) -> Rollout:
         """Take T steps in every simulator."""
-        arrays: dict[str, list[np.ndarray]] = {n: [] for n in ("rewards", "terminated", "truncated", "valid")}
-        truncated_values = torch.zeros(self._steps, self._simulators.count, device=self._device)
+        arrays: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+        self._truncated_values.zero_()
         episodes: list[Episode] = []
         lap = self._stopwatch.lap
-        # The largest of the logits, each less the logarithm of a draw from Exp(1), is distributed as their softmax.
         self._noise.exponential_(generator=self._generator).log_()
         lap("sampling")
         for t in range(self._steps):
-            logits, _ = self._tape.forward(t, self._observations)
+            self._act(t)
             lap("forward")
-            torch.argmax(logits - self._noise[t], 1, out=self._actions[t])
             actions = self._actions[t].cpu().numpy()
             lap("sampling")
             step = self._simulators.step(actions)
@@ -152,28 +178,49 @@ class Collector:
             for name, column in arrays.items():
                 column.append(getattr(step, name))
             if step.final_observations is not None:
-                truncated_values[t, torch.from_numpy(step.truncated).to(self._device)] = self._value(
+                self._truncated_values[t, torch.from_numpy(step.truncated).to(self._device)] = self._value(
                     self._upload(step.final_observations)
                 )
                 lap("forward")
             episodes += step.episodes
             self._observations = self._show(step.observations)
             lap("transfer")
-        _, last_values = self._tape.forward(self._steps, self._observations)
+        last_values = self._act(self._steps)
         lap("forward")
-        logits, values = self._tape.replay()
-        log_policy = torch.log_softmax(logits, dim=2)
-        rollout = Rollout(
-            log_probs=log_policy.gather(2, self._actions.unsqueeze(2)).squeeze(2),
-            values=values,
-            entropies=-(log_policy.exp() * log_policy).sum(2),
-            **{name: self._upload(np.stack(column)) for name, column in arrays.items()},
-            truncated_values=truncated_values,
-            last_values=last_values.clone(),
+        for name, column in arrays.items():
+            self._columns[name].copy_(torch.from_numpy(np.stack(column)))
+        lap("sampling")
+        return Rollout(
+            evaluate=partial(self._evaluate, self._tape.recording()),
+            **self._columns,
+            truncated_values=self._truncated_values,
+            last_values=last_values,
             episodes=episodes,
         )
-        lap("sampling")
-        return rollout
+
+    def _act(self, t: int) -> torch.Tensor:
+        """Choose the actions of step `t`, unless it is the one after the last; the values (N,) of what is seen."""
+        if self._device.type == "cpu":
+            return self._choose(t)
+        if t not in self._graphs:
+            self._graphs[t] = CudaGraph(partial(self._choose, t))
+        return self._graphs[t].replay()
+
+    def _choose(self, t: int) -> torch.Tensor:
+        logits, values = self._tape.forward(t, self._observations)
+        if t < self._steps:
+            # The largest of the logits, each less the logarithm of a draw from Exp(1), is distributed as their softmax.
+            torch.argmax(logits - self._noise[t], 1, out=self._actions[t])
+        return values
+
+    def _evaluate(
+        self, replay: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the actions, values, and entropies, of the rollout that ended last."""
+        logits, values = replay()
+        log_policy = torch.log_softmax(logits, dim=2)
+        log_probs = log_policy.gather(2, self._actions.unsqueeze(2)).squeeze(2)
+        return log_probs, values, -(log_policy.exp() * log_policy).sum(2)
 
     @torch.no_grad()
     def _value(self, observations: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ The heads, the parameters themselves and their gradients stay float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -144,7 +145,6 @@ class Tape:
             list(_layers(network, self._inputs, outputs, count))
             for network, outputs in zip(policy.networks, torch.split(self._outputs, self._widths, 1), strict=True)
         ]
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._passes = 0
         self._parts = list(zip(torch.split(self._inputs, count), torch.split(self._outputs, count), strict=True))
 
@@ -153,64 +153,42 @@ class Tape:
         """Logits (N, actions) and values (N,) of the observations of step `t`; views, without a gradient.
 
         Step 0 comes first: from it to the next, the parameters stay as they are.
-
-        On a GPU `observations` must be the same tensor at every call, with other values: a step becomes one CUDA graph,
-        as its few small kernels take longer to launch than to run.
         """
         self._passes += 1
-        if t == 0:
-            self._refresh()
-        if observations.is_cuda:
-            if t not in self._graphs:
-                self._graphs[t] = self._capture(t, observations)
-            self._graphs[t].replay()
-        else:
-            self._compute(t, observations)
         outputs = self._parts[t][1]
-        return outputs[:, :-1], outputs[:, -1]
-
-    def _refresh(self) -> None:
-        for network in self._networks:
-            for layer in network:
-                layer.refresh()
-
-    def _compute(self, t: int, observations: torch.Tensor) -> None:
         self._policy.prepare(observations, self._parts[t][0])
         for network in self._networks:
             for layer in network:
+                if t == 0:
+                    layer.refresh()
                 layer.forward(t)
+        return outputs[:, :-1], outputs[:, -1]
 
-    def _capture(self, t: int, observations: torch.Tensor) -> torch.cuda.CUDAGraph:
-        """The work of a step, as a graph over the memory that it reads and writes now."""
-        # Once before, on a stream of its own: libraries choose their algorithms and allocate at the first call.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._compute(t, observations)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may use the device meanwhile (an MPI library's, say).
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._compute(t, observations)
-        return graph
+    def recording(self) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """What replays the passes as they are now: `replay`, which raises RuntimeError after the next `forward`."""
+        return partial(self.replay, self._passes)
 
-    def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def replay(self, passes: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (T, N, actions) and values (T, N) of the first T steps, from which gradients find the parameters.
 
         A backward pass through them must come before the next `forward`, else it raises RuntimeError, and at the same
         parameters.
         """
-        passes = self._passes
+        passes = self._passes if passes is None else passes
+        self._check(passes)
 
         def backward(outputs: torch.Tensor) -> None:
-            if self._passes != passes:
-                raise RuntimeError("the tape has gone on since this replay: its gradients are no longer known")
+            self._check(passes)
             self._backward(outputs)
 
         outputs = self._outputs[: self._steps * self._count].clone().requires_grad_()
         outputs.register_post_accumulate_grad_hook(backward)  # type: ignore[no-untyped-call]
         shaped = outputs.view(self._steps, self._count, -1)
         return shaped[..., :-1], shaped[..., -1]
+
+    def _check(self, passes: int) -> None:
+        if self._passes != passes:
+            raise RuntimeError("the tape has gone on since: its outputs and gradients of then are no longer known")
 
     @torch.no_grad()
     def _backward(self, outputs: torch.Tensor) -> None:

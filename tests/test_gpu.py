@@ -13,7 +13,7 @@ from test_resume import CARTPOLE, STOPS, assert_same_policies, newest, resume
 
 from gala_mpi.config import EnvironmentConfig, LearnerConfig
 from gala_mpi.environments import make_simulators
-from gala_mpi.learner import Learner
+from gala_mpi.learner import make_learner
 from gala_mpi.networks import AtariPolicy
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.rollout import Collector
@@ -104,7 +104,7 @@ def test_updates_on_a_gpu_are_those_on_the_cpu() -> None:
     simulators = make_simulators(EnvironmentConfig(simulators=4), threads=1)
     own = policy("cuda")
     flat = FlatParameters(own)
-    learner = Learner(flat, LearnerConfig(), 7e-4)
+    learner = make_learner(flat, LearnerConfig(), 7e-4)
     collector = Collector(simulators, own, 5, 1, torch.Generator("cuda").manual_seed(1))
     for _ in range(3):
         before, square = flat.data.cpu(), learner.mean_square.cpu()
@@ -115,6 +115,32 @@ def test_updates_on_a_gpu_are_those_on_the_cpu() -> None:
         square = 0.99 * square + 0.01 * grad.square()
         torch.testing.assert_close(flat.data.cpu(), before - 7e-4 * grad / (square.sqrt() + 1e-5), rtol=1e-4, atol=1e-6)
         assert all(np.isfinite(float(value)) for value in vars(losses).values())
+
+
+def test_a_learner_on_a_gpu_refuses_the_rollouts_of_another_collector() -> None:
+    """The graph of its gradient goes by where those of the first one lie."""
+    own = policy("cuda")
+    learner = make_learner(FlatParameters(own), LearnerConfig(), 7e-4)
+    first, other = (
+        Collector(make_simulators(EnvironmentConfig(simulators=4), threads=1), own, 5, 1, torch.Generator("cuda"))
+        for _ in range(2)
+    )
+    for _ in range(2):
+        learner.update(first.collect(), 0.0, measure=False)
+    with pytest.raises(ValueError, match="of one collector"):
+        learner.update(other.collect(), 0.0, measure=False)
+
+
+def test_a_run_is_the_same_to_the_bit_each_time(one_mpi: Mpi, tmp_path: Path) -> None:
+    """Convolutions and all."""
+    ends = []
+    for number in range(2):
+        run = tmp_path / str(number)
+        args = ("-m", "gala_mpi", "--device", "cuda", "--simulators", "4", "--total-steps", "4000", "--seed", "5")
+        assert one_mpi.run(1, *args, "--out", str(run)).returncode == 0
+        ends.append(newest(run, 0).tensors)
+    for name, values in ends[0].items():
+        np.testing.assert_array_equal(values, ends[1][name], err_msg=name)
 
 
 def test_ranks_share_a_device(mpi: Mpi, tmp_path: Path) -> None:
