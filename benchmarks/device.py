@@ -4,7 +4,8 @@
 
 Runs gala-mpi on Pong with that many ranks on one GPU, in turns, and reads its utilisation, memory and power once a
 second meanwhile (nvidia-smi). With one agent also once with `--profile`, which waits for the device after each part and
-so shows where the time goes. Ends with exit code 2 where torch can use no GPU.
+so shows where the time goes. The figures are written anew after each run, so what a cut leaves is valid. Ends with exit
+code 2 where torch can use no GPU.
 """
 
 from __future__ import annotations
@@ -71,14 +72,14 @@ def main() -> None:
             means = [statistics.mean(column) for column in zip(*samples[len(samples) // 4 : -1], strict=True)]
             named = dict(zip(("utilisation_percent", "memory_mib", "power_w"), means, strict=True))
             results[str(agents)].append({"frames_per_s": 4 * steps_per_s, **named})
+            if args.out:
+                settings = {**vars(args), "out": None, "device": name, "cores": len(os.sched_getaffinity(0))}
+                args.out.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
             print(
                 f"{agents:6d}  {4 * steps_per_s:8,.0f}  {means[0]:9.0f} %  {means[1]:6,.0f} MiB  {means[2]:5.0f} W",
                 flush=True,
             )
     print(train(1, gpu, args, "--profile")[2])
-    if args.out:
-        settings = {**vars(args), "out": None, "device": name, "cores": len(os.sched_getaffinity(0))}
-        args.out.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
