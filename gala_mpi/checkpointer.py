@@ -150,6 +150,7 @@ class Checkpointer:
         for prefix, values in ((PARAMETERS, parts.flat.data), (MEAN_SQUARE, parts.learner.mean_square)):
             for name, view in parts.flat.by_name(values).items():
                 view.copy_(torch.from_numpy(learner.tensors[prefix + name]))
+        parts.learner.updates = learner.facts.update
         # Those that are kept are noted below.
         episodes = max(facts.episodes - len(facts.recent), 0) if resumption.own else 0
         parts.board.go_on_from(resumption.agent_steps, learner.facts.update, episodes)

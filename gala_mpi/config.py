@@ -91,6 +91,8 @@ class LearnerConfig:
     """Learning rate for 16 simulators in all."""
     learning_rate_scaling: Literal["sqrt", "none"] = "sqrt"
     """sqrt: multiply the learning rate by sqrt(simulators of all ranks / 16); none: use it as it is."""
+    learning_rate_warmup: int = 1000
+    """Updates in which the learning rate rises to what learning-rate-scaling makes of it; 0: none."""
     learning_rate_decay: Literal["none", "linear"] = "none"
     """linear: fall to zero at the end of the budget."""
     gamma: float = 0.99
@@ -115,7 +117,7 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "rollout_steps")
         _above_zero(self, "learning_rate", "max_grad_norm", "rmsprop_epsilon")
-        _at_least(self, 0, "entropy_weight", "value_weight")
+        _at_least(self, 0, "entropy_weight", "value_weight", "learning_rate_warmup")
         _fraction(self, "gamma", "rmsprop_alpha")
         if not self.hidden or any(width < 1 for width in self.hidden):
             raise ConfigError("hidden", self.hidden, "one or more widths of at least 1")

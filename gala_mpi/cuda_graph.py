@@ -5,12 +5,19 @@ The kernels of an actor-learner are many and small: to launch one takes longer t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+@functools.cache
+def _rehearsal_stream() -> torch.cuda.Stream:
+    """One for all: libraries keep memory for each stream that they have worked on."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 class CudaGraph(Generic[T]):
@@ -22,7 +29,7 @@ class CudaGraph(Generic[T]):
     """
 
     def __init__(self, work: Callable[[], T], rehearsal: Callable[[], object] | None = None) -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = _rehearsal_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             (rehearsal or work)()

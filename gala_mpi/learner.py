@@ -15,7 +15,7 @@ from gala_mpi.parameters import FlatParameters
 from gala_mpi.rollout import Rollout, n_step_returns
 from gala_mpi.stopwatch import Stopwatch
 
-Terms = tuple[torch.Tensor, ...]
+Terms = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ def _explained_variance(rollout: Rollout, returns: torch.Tensor) -> torch.Tensor
 class Learner:
     """RMSprop on the flat parameters, with the norm of the gradient bounded. For a CPU; see `make_learner`.
 
-    `average_gradient`, if given, is called on the flat gradient (n,) between its computation and its use:
-    the place of a synchronous all-reduce. `mean_square` (n,) is the optimiser's state.
+    `learning_rate` is that for all ranks, to which the configuration's rises in its warm-up. `average_gradient`, if
+    given, is called on the flat gradient (n,) between its computation and its use: the place of a synchronous
+    all-reduce. `mean_square` (n,) is the optimiser's state, `updates` the number of updates made, which the warm-up
+    goes by.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Learner:
         self._average_gradient = average_gradient
         self._lap = (stopwatch or Stopwatch()).lap
         self.mean_square = torch.zeros_like(flat.data)
+        self.updates = 0
 
     def forget(self) -> None:
         """Reset the optimiser's state, as after parameters that were not finite."""
@@ -86,19 +89,24 @@ class Learner:
         Only with `measure` are the norm of the parameters' change, which costs a copy of them, and the explained
         variance computed; else they are 0.
         """
-        learning_rate = self._learning_rate
-        if self._config.learning_rate_decay == "linear":
-            learning_rate *= max(1 - progress, 0)
+        learning_rate = self._rate_at(progress)
         terms = self._gradient(rollout, measure)
         if self._average_gradient is not None:
             self._average_gradient(self._flat.grad)
             self._lap("exchange")
         norms = self._step(learning_rate, measure)
         self._lap("optimiser")
-        return Losses(*terms, *norms)
+        self.updates += 1
+        return Losses(**terms, **norms)
+
+    def _rate_at(self, progress: float) -> float:
+        config, rate = self._config, self._learning_rate
+        if self.updates < config.learning_rate_warmup and rate > config.learning_rate:
+            rate = config.learning_rate + (rate - config.learning_rate) * self.updates / config.learning_rate_warmup
+        return rate * max(1 - progress, 0) if config.learning_rate_decay == "linear" else rate
 
     def _gradient(self, rollout: Rollout, measure: bool) -> Terms:
-        """Compute the flat gradient; the first terms of Losses."""
+        """Compute the flat gradient; the terms of Losses that are known with it."""
         total, terms = self._loss(rollout, measure)
         self._lap("loss")
         self._backward(total)
@@ -108,17 +116,15 @@ class Learner:
     def _loss(self, rollout: Rollout, measure: bool) -> tuple[torch.Tensor, Terms]:
         total, policy_loss, value_loss, entropy, returns = actor_critic_loss(rollout, self._config)
         explained = _explained_variance(rollout, returns) if measure else returns.new_zeros(())
-        return total, (policy_loss.detach(), value_loss.detach(), entropy.detach(), explained)
+        terms = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+        return total, {"explained_variance": explained} | {name: term.detach() for name, term in terms.items()}
 
     def _backward(self, total: torch.Tensor) -> None:
         self._flat.grad.zero_()
         total.backward()  # type: ignore[no-untyped-call]
 
     def _step(self, learning_rate: float, measure: bool) -> Terms:
-        """One step of RMSprop on the gradient, scaled down to the greatest norm if its own is longer.
-
-        The last terms of Losses.
-        """
+        """One step of RMSprop on the gradient, scaled down to the greatest norm if it is longer; the other terms."""
         data, grad, config = self._flat.data, self._flat.grad, self._config
         grad_norm = torch.linalg.vector_norm(grad)
         before = data.clone() if measure else data
@@ -126,7 +132,8 @@ class Learner:
         scale = min(config.max_grad_norm / (float(grad_norm) + 1e-6), 1.0)
         numbers = scale, learning_rate, config.rmsprop_alpha, config.rmsprop_epsilon
         _native.rmsprop(data.numpy(), grad.numpy(), self.mean_square.numpy(), *numbers)
-        return grad_norm, torch.linalg.vector_norm(data - before) if measure else grad_norm.new_zeros(())
+        update_norm = torch.linalg.vector_norm(data - before) if measure else grad_norm.new_zeros(())
+        return {"grad_norm": grad_norm, "update_norm": update_norm}
 
 
 class GpuLearner(Learner):
@@ -146,7 +153,7 @@ class GpuLearner(Learner):
     ) -> None:
         super().__init__(flat, config, learning_rate, average_gradient, stopwatch)
         self._rate = torch.zeros((), device=flat.data.device)
-        self._places: dict[str, int] = {}
+        self._rollout: Rollout | None = None
         self._gradient_graph: CudaGraph[Terms] | None = None
         state = flat.data, flat.grad, self.mean_square
         self._step_graph = CudaGraph(
@@ -154,19 +161,19 @@ class GpuLearner(Learner):
         )
 
     def _gradient(self, rollout: Rollout, measure: bool) -> Terms:
-        places = {name: value.data_ptr() for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)}
-        if self._gradient_graph is None:
-            self._places = places
-            self._gradient_graph = CudaGraph(lambda: self._whole_gradient(rollout))
-        elif places != self._places:
+        if self._rollout is not None and rollout.rewards is not self._rollout.rewards:
             raise ValueError("on a GPU all rollouts that a learner is given must be of one collector")
+        self._rollout = rollout
+        if self._gradient_graph is None:
+            self._gradient_graph = CudaGraph(self._whole_gradient)
         terms = self._gradient_graph.replay()
         self._lap("backward")
         return terms
 
-    def _whole_gradient(self, rollout: Rollout) -> Terms:
+    def _whole_gradient(self) -> Terms:
+        assert self._rollout is not None
         # A copy evaluates the policy's outputs itself, whoever has asked the rollout for them.
-        total, terms = self._loss(dataclasses.replace(rollout), measure=True)
+        total, terms = self._loss(dataclasses.replace(self._rollout), measure=True)
         self._backward(total)
         return terms
 
@@ -180,7 +187,7 @@ class GpuLearner(Learner):
         grad.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
         square.mul_(config.rmsprop_alpha).addcmul_(grad, grad, value=1 - config.rmsprop_alpha)
         data.addcdiv_(grad * self._rate, square.sqrt().add_(config.rmsprop_epsilon), value=-1)
-        return grad_norm, torch.linalg.vector_norm(data - before)
+        return {"grad_norm": grad_norm, "update_norm": torch.linalg.vector_norm(data - before)}
 
 
 def make_learner(

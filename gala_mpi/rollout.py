@@ -25,9 +25,10 @@ COLUMNS = {"rewards": torch.float32, "terminated": torch.bool, "truncated": torc
 class Rollout:
     """T steps of N simulators; tensors are (T, N), and the collector's own: the next rollout overwrites them.
 
-    `log_probs`, `values` and `entropies`, which carry gradients, are what `evaluate` gives, which is called when one of
-    them is first asked for. `truncated_values` holds the value of the final observation where an episode was truncated,
-    0 elsewhere; `last_values` (N,) that of the observation after the last step.
+    `log_probs`, `values` and `entropies`, which carry gradients, are what `evaluate` gives. It is called when one of
+    them is first asked for, and raises RuntimeError after the next rollout. `truncated_values` holds the value of the
+    final observation where an episode was truncated, 0 elsewhere; `last_values` (N,) that of the observation after the
+    last step.
     """
 
     evaluate: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -113,6 +114,7 @@ class Collector:
             for name, dtype in COLUMNS.items()
         }
         self._graphs: dict[int, CudaGraph[torch.Tensor]] = {}
+        self._rollouts = 0
         self._observations = self._show(observations)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
@@ -163,6 +165,7 @@ class Collector:
     def collect(self) -> Rollout:
         """Take T steps in every simulator."""
         arrays: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+        self._rollouts += 1
         self._truncated_values.zero_()
         episodes: list[Episode] = []
         lap = self._stopwatch.lap
@@ -191,7 +194,7 @@ class Collector:
             self._columns[name].copy_(torch.from_numpy(np.stack(column)))
         lap("sampling")
         return Rollout(
-            evaluate=partial(self._evaluate, self._tape.recording()),
+            evaluate=partial(self._evaluate, self._rollouts),
             **self._columns,
             truncated_values=self._truncated_values,
             last_values=last_values,
@@ -213,11 +216,11 @@ class Collector:
             torch.argmax(logits - self._noise[t], 1, out=self._actions[t])
         return values
 
-    def _evaluate(
-        self, replay: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities of the actions, values, and entropies, of the rollout that ended last."""
-        logits, values = replay()
+    def _evaluate(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the actions, values, and entropies, of a rollout if it is the last one."""
+        if number != self._rollouts:
+            raise RuntimeError("another rollout has been taken since: what the policy gave in this one is overwritten")
+        logits, values = self._tape.replay()
         log_policy = torch.log_softmax(logits, dim=2)
         log_probs = log_policy.gather(2, self._actions.unsqueeze(2)).squeeze(2)
         return log_probs, values, -(log_policy.exp() * log_policy).sum(2)

@@ -80,7 +80,7 @@ TABLES = (
     ),
     Table(
         "profile",
-        "one record, every --record-every updates; on a GPU parts are told apart with --profile only",
+        "one record, every --record-every updates; on a GPU parts are told apart with --profile only, the loss never",
         (*_WHEN, *(Column(f"{part}_s", "<f8", "s", f"sum: {meaning}") for part, meaning in PARTS.items())),
     ),
     Table(

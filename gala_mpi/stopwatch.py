@@ -1,7 +1,7 @@
 """The stopwatch: where the time of an update goes, part by part, without a gap.
 
 On a GPU, which works on by itself, a part is the time until its work is given to the device, and whoever needs a result
-waits for it; with --profile each part is waited for. Actions are drawn there with the forward pass.
+waits for it; with --profile each part is waited for.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 PARTS = {
     "emulator": "the simulators' steps",
     "transfer": "observations to the device",
-    "forward": "the network's forward passes, the scaling of observations included",
-    "sampling": "drawing actions, taking them to the simulators",
+    "forward": "the network's forward passes, with the scaling of observations and the choice of actions",
+    "sampling": "random numbers for that choice, and taking actions to the simulators",
     "loss": "log-probabilities, returns and loss; on a GPU a part of backward",
     "backward": "the backward pass",
     "optimiser": "norm of the gradient, clip and step",

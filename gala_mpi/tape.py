@@ -11,8 +11,7 @@ The heads, the parameters themselves and their gradients stay float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -164,31 +163,23 @@ class Tape:
                 layer.forward(t)
         return outputs[:, :-1], outputs[:, -1]
 
-    def recording(self) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        """What replays the passes as they are now: `replay`, which raises RuntimeError after the next `forward`."""
-        return partial(self.replay, self._passes)
-
-    def replay(self, passes: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (T, N, actions) and values (T, N) of the first T steps, from which gradients find the parameters.
 
         A backward pass through them must come before the next `forward`, else it raises RuntimeError, and at the same
         parameters.
         """
-        passes = self._passes if passes is None else passes
-        self._check(passes)
+        passes = self._passes
 
         def backward(outputs: torch.Tensor) -> None:
-            self._check(passes)
+            if self._passes != passes:
+                raise RuntimeError("the tape has gone on since this replay: its gradients are no longer known")
             self._backward(outputs)
 
         outputs = self._outputs[: self._steps * self._count].clone().requires_grad_()
         outputs.register_post_accumulate_grad_hook(backward)  # type: ignore[no-untyped-call]
         shaped = outputs.view(self._steps, self._count, -1)
         return shaped[..., :-1], shaped[..., -1]
-
-    def _check(self, passes: int) -> None:
-        if self._passes != passes:
-            raise RuntimeError("the tape has gone on since: its outputs and gradients of then are no longer known")
 
     @torch.no_grad()
     def _backward(self, outputs: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import gymnasium
 import numpy as np
@@ -13,9 +14,10 @@ from scripted import vector
 from test_environments import LIVES, TERMINATES, TRUNCATES
 from test_rollout import rollout_of
 
+from gala_mpi import learner as learner_module
 from gala_mpi.config import EnvironmentConfig, LearnerConfig
 from gala_mpi.environments import Simulators, make_simulators
-from gala_mpi.learner import Learner, actor_critic_loss
+from gala_mpi.learner import GpuLearner, Learner, actor_critic_loss
 from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.rollout import Collector, Rollout
@@ -213,6 +215,7 @@ def small_learner(config: LearnerConfig, **options: object) -> tuple[Learner, Fl
     policy = MLPPolicy(4, (8,), 2, torch.Generator().manual_seed(1))
     flat = FlatParameters(policy)
     simulators = make_simulators(EnvironmentConfig(env="CartPole-v1", simulators=2), threads=1)
+    config = dataclasses.replace(config, learning_rate=1e-2)
     return Learner(flat, config, 1e-2, **options), flat, Collector(simulators, policy, 5, 1, torch.Generator())
 
 
@@ -231,6 +234,72 @@ def test_linear_decay_scales_the_step_and_ends_at_none() -> None:
         changes.append(learner.update(collector.collect(), progress, measure=True).update_norm.item())
     assert changes[1] == pytest.approx(changes[0] / 4, rel=1e-3)
     assert changes[2:] == [0, 0]
+
+
+class Eager:
+    """In place of a CUDA graph where there is no GPU: the work itself, each time."""
+
+    def __init__(self, work: Callable[[], object], rehearsal: Callable[[], object] | None = None) -> None:
+        (rehearsal or work)()
+        self.replay = work
+
+
+def test_the_halves_of_an_update_on_a_gpu_are_those_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the graphs, which `test_gpu.py` tries: the same losses and parameters, clipped, at a rate that changes."""
+    monkeypatch.setattr(learner_module, "CudaGraph", Eager)
+    config = LearnerConfig(learning_rate_decay="linear", learning_rate_warmup=10)
+    found = []
+    for kind in (Learner, GpuLearner):
+        simulators = make_simulators(EnvironmentConfig(env="CartPole-v1", simulators=4), threads=1)
+        policy = MLPPolicy(4, (8,), 2, torch.Generator().manual_seed(1))
+        flat = FlatParameters(policy)
+        learner, collector = kind(flat, config, 1e-3), Collector(simulators, policy, 5, 1, torch.Generator())
+        losses = []
+        for update in range(40):
+            rollout = collector.collect()
+            if update % 2:
+                assert rollout.values.requires_grad  # somebody has asked before
+            made = learner.update(rollout, update / 40, measure=True)
+            losses.append([float(getattr(made, name)) for name in vars(made)])
+        assert (np.array(losses)[:, list(vars(made)).index("grad_norm")] > config.max_grad_norm).any()
+        found.append((np.array(losses), flat.data.numpy(), learner.mean_square.numpy()))
+    for cpu, gpu in zip(*found, strict=True):
+        np.testing.assert_allclose(gpu, cpu, rtol=1e-3, atol=1e-5)
+
+
+def test_a_learner_on_a_gpu_refuses_the_rollouts_of_another_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph goes by where those of the first one lie."""
+    monkeypatch.setattr(learner_module, "CudaGraph", Eager)
+    policy = MLPPolicy(4, (8,), 2, torch.Generator().manual_seed(1))
+    learner = GpuLearner(FlatParameters(policy), LearnerConfig(), 7e-4)
+    simulators = make_simulators(EnvironmentConfig(env="CartPole-v1", simulators=2), threads=1)
+    first, other = (Collector(simulators, policy, 5, 1, torch.Generator()) for _ in range(2))
+    for _ in range(2):
+        learner.update(first.collect(), 0.0, measure=False)
+    with pytest.raises(ValueError, match="of one collector"):
+        learner.update(other.collect(), 0.0, measure=False)
+
+
+@pytest.mark.parametrize(
+    ("scaled", "warmup", "expected"),
+    [(5e-3, 4, [1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 5e-3]), (5e-3, 0, [5e-3] * 3), (5e-4, 4, [5e-4] * 6)],
+)
+def test_the_learning_rate_rises_to_the_scaled_one(scaled: float, warmup: int, expected: list[float]) -> None:
+    config = LearnerConfig(learning_rate=1e-3, learning_rate_warmup=warmup)
+    policy = MLPPolicy(4, (8,), 2, torch.Generator().manual_seed(1))
+    taken = []
+
+    class Noting(Learner):
+        def _step(self, learning_rate: float, measure: bool) -> dict[str, torch.Tensor]:
+            taken.append(learning_rate)
+            return super()._step(learning_rate, measure)
+
+    simulators = make_simulators(EnvironmentConfig(env="CartPole-v1", simulators=2), threads=1)
+    learner = Noting(FlatParameters(policy), config, scaled)
+    collector = Collector(simulators, policy, 5, 1, torch.Generator())
+    for _ in expected:
+        learner.update(collector.collect(), 0.0, measure=False)
+    assert taken == pytest.approx(expected)
 
 
 def test_the_gradient_is_averaged_before_it_is_clipped() -> None:

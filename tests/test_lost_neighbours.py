@@ -83,10 +83,12 @@ def assert_mixed_again(folder: Path, size: int, victim: int, *, may_be_held_up: 
     if held_up:
         # Its library may be done with waiting before the first message is on its way again.
         back = longest + 1 + int(np.argmax(mixed[longest + 1 :] > mixed[longest + 1]))
+        assert updates["time_s"][back] - updates["time_s"][longest + 1] < 5
     else:
         back = int(np.flatnonzero(lost)[-1]) + 1
     # There is one message for each of the victim's updates, and one is mixed at each of its own: one may be slower.
     sent = int((rows(folder, victim, "updates")["time_s"] > updates["time_s"][back]).sum())
+    assert sent > 0.25 * (len(mixed) - back)
     assert mixed[-1] - mixed[back] > 0.5 * min(len(mixed) - back, sent) > 10
 
 

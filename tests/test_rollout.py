@@ -155,6 +155,17 @@ def test_the_policy_sees_each_observation_once_and_goes_on_where_it_was() -> Non
     assert first == [1, 2] and second == [4, 1]
 
 
+def test_a_rollout_that_is_over_gives_no_values_of_the_next_one() -> None:
+    collects = collector(Watched(), AutoresetMode.SAME_STEP, 2)
+    asked, not_asked = collects.collect(), collects.collect()
+    assert not_asked.log_probs.shape == (2, 2)
+    collects.collect()
+    with pytest.raises(RuntimeError, match="another rollout has been taken since"):
+        _ = asked.values
+    with pytest.raises(RuntimeError, match="gone on since"):
+        not_asked.values.sum().backward()
+
+
 @MODES
 def test_values_and_log_probabilities_are_those_of_the_actions_taken(mode: AutoresetMode) -> None:
     policy = Watched()
