@@ -245,7 +245,7 @@ class Eager:
 
 
 def test_the_halves_of_an_update_on_a_gpu_are_those_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the graphs, which `test_gpu.py` tries: the same losses and parameters, clipped, at a rate that changes."""
+    """All but the graphs, which `test_gpu.py` tries: the same losses and parameters, clipped, at a changing rate."""
     monkeypatch.setattr(learner_module, "CudaGraph", Eager)
     config = LearnerConfig(learning_rate_decay="linear", learning_rate_warmup=10)
     found = []
