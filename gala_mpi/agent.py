@@ -30,7 +30,7 @@ from gala_mpi.exchange import Exchange, make_exchange, window_bytes
 from gala_mpi.gossip import DivergedError
 from gala_mpi.learner import make_learner
 from gala_mpi.lease import Lease
-from gala_mpi.metrics import Metrics, open_recorder
+from gala_mpi.metrics import BlindnessWatch, Metrics, open_recorder
 from gala_mpi.monitor import Monitor
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.preparation import (
@@ -157,7 +157,10 @@ class Agent:
         self._t0 = comm.bcast(time.time()) - self._begin_s
         about = self._about(info, resumption)
         self._recorder = on_all_ranks(comm, lambda: open_recorder(config, info, about))
-        self._metrics = Metrics(self._recorder, config, self._flat, self._exchange, self._stopwatch, self._begin_s)
+        watch = BlindnessWatch() if comm.rank == 0 else None
+        self._metrics = Metrics(
+            self._recorder, config, self._flat, self._exchange, self._stopwatch, self._begin_s, watch
+        )
         self._monitor: Monitor | None = None
         self._all_written = True
 

@@ -109,8 +109,8 @@ class LearnerConfig:
     """Term that keeps RMSprop's divisor above zero."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type in which the network below its heads computes; parameters, their gradients and the optimiser are float32.
-    bfloat16 is faster where the processor multiplies it itself (AMX on a CPU, any recent GPU), else much slower. On
-    NVIDIA's GPUs convolutions in float32 are those of TF32, torch's default."""
+    bfloat16 is faster on a CPU that multiplies it itself (AMX), much slower on others, and no faster on a GPU unless
+    rollouts are large. On NVIDIA's GPUs convolutions in float32 are those of TF32, torch's default."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers, for tasks with a flat observation."""
 
@@ -198,7 +198,7 @@ class RunConfig:
     seed: int = 1
     """Seed of the run; with the rank it fixes every random stream."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the policy lives. auto: a GPU of this node if there is one; its ranks take those in turn."""
+    """Where the policy lives. auto: a GPU of this node if there is one; a node's ranks are dealt out over its GPUs."""
     profile: bool = False
     """Print at the end where an update's time goes; on a GPU each part is waited for, which costs speed."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
+import statistics
+from collections import deque
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +24,8 @@ from gala_mpi.run_folder import RunInfo, rank_file
 from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
 from gala_mpi.window import library_version
 
+BLIND_ROWS, BLIND_BELOW = 50, 1e-4
+log = logging.getLogger(__name__)
 PACKAGES = ("torch", "mpi4py", "gymnasium", "ale-py", "numpy", "h5py")
 
 
@@ -52,6 +57,29 @@ def open_recorder(config: TrainConfig, info: RunInfo, about: Mapping[str, Any]) 
         raise ConfigError("out", str(info.folder), allowed) from error
 
 
+class BlindnessWatch:
+    """Warns, once, when the values that the policy gives have not varied with what it sees for a while.
+
+    Then the explained variance is zero to rounding; in a network that works it is not, however little it explains.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=BLIND_ROWS)
+
+    def note(self, explained_variance: float, update: int) -> None:
+        """Look at the explained variance of an update."""
+        last = self._last
+        last.append(abs(explained_variance))
+        if len(last) == BLIND_ROWS and statistics.median(last) < BLIND_BELOW:
+            log.warning(
+                "update %d: the values of all observations have long been the same (explained variance 0): most of the "
+                "network is dead, and will not learn; what helps: a new run with a lower --learning-rate, or with "
+                "--learning-rate-scaling none",
+                update,
+            )
+            self._last = deque(maxlen=0)
+
+
 class Metrics:
     """Gives a recorder its rows. Sketches are drawn at the instants after `begin_s` seconds of training."""
 
@@ -63,7 +91,9 @@ class Metrics:
         exchange: Exchange,
         stopwatch: Stopwatch,
         begin_s: float,
+        watch: BlindnessWatch | None,
     ) -> None:
+        self._watch = watch
         self._recorder, self._flat, self._exchange, self._stopwatch = recorder, flat, exchange, stopwatch
         self._record, self._seed = config.record, config.run.seed
         self._next_sketch = math.ceil(begin_s / self._record.sketch_every_s)
@@ -77,6 +107,9 @@ class Metrics:
     def note_update(self, time_s: float, update: int, agent_steps: int, losses: Losses) -> None:
         """A row of the update, of the profile and of each in-neighbour."""
         counters, when = self._exchange.counters, (time_s, update)
+        explained_variance = float(losses.explained_variance)
+        if self._watch is not None:
+            self._watch.note(explained_variance, update)
         self._recorder.append(
             "updates",
             (
@@ -87,7 +120,7 @@ class Metrics:
                 float(losses.entropy),
                 float(losses.grad_norm),
                 float(losses.update_norm),
-                float(losses.explained_variance),
+                explained_variance,
                 self._stopwatch.sum(*ROLLOUT),
                 self._stopwatch.sum(*LEARN),
                 counters.exchange_s,
