@@ -4,8 +4,8 @@
 
 Runs gala-mpi on Pong with that many ranks on one GPU, in turns, and reads its utilisation, memory and power once a
 second meanwhile (nvidia-smi). With one agent also once with `--profile`, which waits for the device after each part and
-so shows where the time goes. The figures are written anew after each run. Ends with exit
-code 2 where torch can use no GPU.
+so shows where the time goes. The figures are written anew after each run. Ends with exit code 2 where torch can use no
+GPU.
 """
 
 from __future__ import annotations
