@@ -28,7 +28,7 @@ from gala_mpi.courier import Courier
 from gala_mpi.environments import is_atari, make_simulators
 from gala_mpi.exchange import Exchange, make_exchange, window_bytes
 from gala_mpi.gossip import DivergedError
-from gala_mpi.learner import make_learner
+from gala_mpi.learner import learner_class
 from gala_mpi.lease import Lease
 from gala_mpi.metrics import BlindnessWatch, Metrics, open_recorder
 from gala_mpi.monitor import Monitor
@@ -118,7 +118,7 @@ class Agent:
         self._stopwatch = Stopwatch(torch.cuda.synchronize if waits else None)
         rate = learning_rate(config, comm.size)
         average = self._exchange.average_gradient
-        self._learner = make_learner(self._flat, config.learner, rate, average, self._stopwatch)
+        self._learner = learner_class(device)(self._flat, config.learner, rate, average, self._stopwatch)
         keep = config.record.keep_checkpoints
         folder = on_all_ranks(comm, lambda: make_checkpoint_folder(info.folder, comm.rank, keep))
         resumption = self._find_checkpoints(info) if info.segment else None

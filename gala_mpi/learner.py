@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -57,7 +58,7 @@ def _explained_variance(rollout: Rollout, returns: torch.Tensor) -> torch.Tensor
 
 
 class Learner:
-    """RMSprop on the flat parameters, with the norm of the gradient bounded. For a CPU; see `make_learner`.
+    """RMSprop on the flat parameters, with the norm of the gradient bounded. For a CPU; see `learner_class`.
 
     `learning_rate` is that for all ranks, to which the configuration's rises in its warm-up. `average_gradient`, if
     given, is called on the flat gradient (n,) between its computation and its use: the place of a synchronous
@@ -143,20 +144,20 @@ class GpuLearner(Learner):
     update are overwritten by the next one.
     """
 
-    def __init__(
-        self,
-        flat: FlatParameters,
-        config: LearnerConfig,
-        learning_rate: float,
-        average_gradient: Callable[[torch.Tensor], None] | None = None,
-        stopwatch: Stopwatch | None = None,
-    ) -> None:
-        super().__init__(flat, config, learning_rate, average_gradient, stopwatch)
-        self._rate = torch.zeros((), device=flat.data.device)
-        self._rollout: Rollout | None = None
-        self._gradient_graph: CudaGraph[Terms] | None = None
-        state = flat.data, flat.grad, self.mean_square
-        self._step_graph = CudaGraph(
+    _rollout: Rollout | None = None
+
+    @cached_property
+    def _rate(self) -> torch.Tensor:
+        return torch.zeros((), device=self._flat.data.device)
+
+    @cached_property
+    def _gradient_graph(self) -> CudaGraph[Terms]:
+        return CudaGraph(self._whole_gradient)
+
+    @cached_property
+    def _step_graph(self) -> CudaGraph[Terms]:
+        state = self._flat.data, self._flat.grad, self.mean_square
+        return CudaGraph(
             lambda: self._rmsprop(*state), rehearsal=lambda: self._rmsprop(*(tensor.clone() for tensor in state))
         )
 
@@ -164,8 +165,6 @@ class GpuLearner(Learner):
         if self._rollout is not None and rollout.rewards is not self._rollout.rewards:
             raise ValueError("on a GPU all rollouts that a learner is given must be of one collector")
         self._rollout = rollout
-        if self._gradient_graph is None:
-            self._gradient_graph = CudaGraph(self._whole_gradient)
         terms = self._gradient_graph.replay()
         self._lap("backward")
         return terms
@@ -190,13 +189,6 @@ class GpuLearner(Learner):
         return {"grad_norm": grad_norm, "update_norm": torch.linalg.vector_norm(data - before)}
 
 
-def make_learner(
-    flat: FlatParameters,
-    config: LearnerConfig,
-    learning_rate: float,
-    average_gradient: Callable[[torch.Tensor], None] | None = None,
-    stopwatch: Stopwatch | None = None,
-) -> Learner:
-    """The learner for the device on which the parameters are."""
-    kind = Learner if flat.data.device.type == "cpu" else GpuLearner
-    return kind(flat, config, learning_rate, average_gradient, stopwatch)
+def learner_class(device: torch.device) -> type[Learner]:
+    """The learner for parameters on a device."""
+    return Learner if device.type == "cpu" else GpuLearner

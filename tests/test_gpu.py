@@ -15,7 +15,7 @@ from test_resume import CARTPOLE, STOPS, assert_same_policies, newest, resume
 
 from gala_mpi.config import EnvironmentConfig, LearnerConfig
 from gala_mpi.environments import make_simulators
-from gala_mpi.learner import actor_critic_loss, make_learner
+from gala_mpi.learner import GpuLearner, actor_critic_loss
 from gala_mpi.networks import AtariPolicy
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.rollout import Collector
@@ -106,7 +106,7 @@ def test_updates_on_a_gpu_are_those_on_the_cpu() -> None:
     simulators = make_simulators(EnvironmentConfig(simulators=4), threads=1)
     own = policy("cuda")
     flat = FlatParameters(own)
-    learner = make_learner(flat, LearnerConfig(), 7e-4)
+    learner = GpuLearner(flat, LearnerConfig(), 7e-4)
     collector = Collector(simulators, own, 5, 1, torch.Generator("cuda").manual_seed(1))
     for _ in range(3):
         before, square = flat.data.cpu(), learner.mean_square.cpu()
