@@ -157,7 +157,9 @@ class Agent:
         self._t0 = comm.bcast(time.time()) - self._begin_s
         about = self._about(info, resumption)
         self._recorder = on_all_ranks(comm, lambda: open_recorder(config, info, about))
-        watch = BlindnessWatch() if comm.rank == 0 else None
+        # Those that exchange die together, and one of them says so.
+        watched = comm.rank == 0 or config.exchange.exchange == "none"
+        watch = BlindnessWatch(config.record.record_every) if watched else None
         self._metrics = Metrics(
             self._recorder, config, self._flat, self._exchange, self._stopwatch, self._begin_s, watch
         )
@@ -186,7 +188,7 @@ class Agent:
             elif resumption.size_before != comm.size:
                 log.warning(
                     "changed: ranks from %d to %d: rank r goes on from rank r modulo %d; "
-                    "learning rate %g (before decay)",
+                    "learning rate %g (after the warm-up, before decay)",
                     resumption.size_before,
                     comm.size,
                     resumption.size_before,

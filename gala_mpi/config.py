@@ -32,8 +32,8 @@ class ConfigError(UsageError):
 def _at_least(section: object, lowest: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        if value is not None and not lowest <= value < float("inf"):
-            raise ConfigError(name, value, f"a number of at least {lowest:g}")
+        if value is not None and not lowest <= value < 2**63:
+            raise ConfigError(name, value, f"a number of at least {lowest:g}, below 2**63")
 
 
 def _above_zero(section: object, *names: str) -> None:
@@ -109,8 +109,8 @@ class LearnerConfig:
     """Term that keeps RMSprop's divisor above zero."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type in which the network below its heads computes; parameters, their gradients and the optimiser are float32.
-    bfloat16 is faster on a CPU that multiplies it itself (AMX), much slower on others, and no faster on a GPU unless
-    rollouts are large. On NVIDIA's GPUs convolutions in float32 are those of TF32, torch's default."""
+    bfloat16 is faster on a CPU that multiplies it itself (AMX), much slower on others. On NVIDIA's GPUs convolutions in
+    float32 are those of TF32, torch's default."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers, for tasks with a flat observation."""
 

@@ -62,8 +62,7 @@ class Learner:
 
     `learning_rate` is that for all ranks, to which the configuration's rises in its warm-up. `average_gradient`, if
     given, is called on the flat gradient (n,) between its computation and its use: the place of a synchronous
-    all-reduce. `mean_square` (n,) is the optimiser's state, `updates` the number of updates made, which the warm-up
-    goes by.
+    all-reduce. `mean_square` (n,) is the optimiser's state, `updates` its age in updates, which the warm-up goes by.
     """
 
     def __init__(
@@ -81,8 +80,9 @@ class Learner:
         self.updates = 0
 
     def forget(self) -> None:
-        """Reset the optimiser's state, as after parameters that were not finite."""
+        """Reset the optimiser's state, and begin the warm-up anew, as after parameters that were not finite."""
         self.mean_square.zero_()
+        self.updates = 0
 
     def update(self, rollout: Rollout, progress: float, *, measure: bool) -> Losses:
         """One step on `rollout`; `progress` in [0, 1] is how much of the budget is spent.
@@ -162,6 +162,7 @@ class GpuLearner(Learner):
         )
 
     def _gradient(self, rollout: Rollout, measure: bool) -> Terms:
+        rollout.check()
         if self._rollout is not None and rollout.rewards is not self._rollout.rewards:
             raise ValueError("on a GPU all rollouts that a learner is given must be of one collector")
         self._rollout = rollout

@@ -24,7 +24,7 @@ from gala_mpi.run_folder import RunInfo, rank_file
 from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
 from gala_mpi.window import library_version
 
-BLIND_ROWS, BLIND_BELOW = 50, 1e-4
+BLIND_ROWS, BLIND_UPDATES, FEWEST_ROWS, BLIND_BELOW = 50, 500, 10, 1e-4
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "mpi4py", "gymnasium", "ale-py", "numpy", "h5py")
 
@@ -63,18 +63,18 @@ class BlindnessWatch:
     Then the explained variance is zero to rounding; in a network that works it is not, however little it explains.
     """
 
-    def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=BLIND_ROWS)
+    def __init__(self, record_every: int) -> None:
+        self._last: deque[float] = deque(maxlen=max(min(BLIND_ROWS, BLIND_UPDATES // record_every), FEWEST_ROWS))
 
     def note(self, explained_variance: float, update: int) -> None:
         """Look at the explained variance of an update."""
         last = self._last
         last.append(abs(explained_variance))
-        if len(last) == BLIND_ROWS and statistics.median(last) < BLIND_BELOW:
+        if last and len(last) == last.maxlen and statistics.median(last) < BLIND_BELOW:
             log.warning(
-                "update %d: the values of all observations have long been the same (explained variance 0): most of the "
-                "network is dead, and will not learn; what helps: a new run with a lower --learning-rate, or with "
-                "--learning-rate-scaling none",
+                "update %d: the value of all observations has long been the same (explained variance 0): probably most "
+                "of the network is dead, and will not learn; what helps: a new run with a lower --learning-rate, or "
+                "with --learning-rate-scaling none",
                 update,
             )
             self._last = deque(maxlen=0)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # What would make another run of it: its parameters, streams or metrics would not fit.
 FIXED = ("env", "hidden", "seed", "sketch_every_s", "sketch_dimension")
 MEANING = {
-    "total_steps": "schedules go by the new budget",
+    "total_steps": "the learning rate's decay goes by the new budget",
     "budget": "how the budget is shared changes for what is left of it",
     "simulators": "rollouts are of another size, and the learning rate may scale with it",
     "rollout_steps": "rollouts are of another size",

@@ -26,12 +26,13 @@ class Rollout:
     """T steps of N simulators; tensors are (T, N), and the collector's own: the next rollout overwrites them.
 
     `log_probs`, `values` and `entropies`, which carry gradients, are what `evaluate` gives. It is called when one of
-    them is first asked for, and raises RuntimeError after the next rollout. `truncated_values` holds the value of the
+    them is first asked for, which raises RuntimeError after the next rollout. `truncated_values` holds the value of the
     final observation where an episode was truncated, 0 elsewhere; `last_values` (N,) that of the observation after the
     last step.
     """
 
     evaluate: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    is_last: Callable[[], bool]
     rewards: torch.Tensor
     terminated: torch.Tensor
     truncated: torch.Tensor
@@ -40,8 +41,14 @@ class Rollout:
     last_values: torch.Tensor
     episodes: list[Episode]
 
+    def check(self) -> None:
+        """Raise RuntimeError if another rollout has been taken since."""
+        if not self.is_last():
+            raise RuntimeError("another rollout has been taken since: what this one gave is overwritten")
+
     @cached_property
     def _evaluated(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self.check()
         return self.evaluate()
 
     @cached_property
@@ -166,6 +173,8 @@ class Collector:
         """Take T steps in every simulator."""
         arrays: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
         self._rollouts += 1
+        number = self._rollouts
+        self._tape.begin()
         self._truncated_values.zero_()
         episodes: list[Episode] = []
         lap = self._stopwatch.lap
@@ -194,7 +203,8 @@ class Collector:
             self._columns[name].copy_(torch.from_numpy(np.stack(column)))
         lap("sampling")
         return Rollout(
-            evaluate=partial(self._evaluate, self._rollouts),
+            evaluate=self._evaluate,
+            is_last=lambda: self._rollouts == number,
             **self._columns,
             truncated_values=self._truncated_values,
             last_values=last_values,
@@ -216,10 +226,8 @@ class Collector:
             torch.argmax(logits - self._noise[t], 1, out=self._actions[t])
         return values
 
-    def _evaluate(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities of the actions, values, and entropies, of a rollout if it is the last one."""
-        if number != self._rollouts:
-            raise RuntimeError("another rollout has been taken since: what the policy gave in this one is overwritten")
+    def _evaluate(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the actions, values, and entropies, of the last rollout."""
         logits, values = self._tape.replay()
         log_policy = torch.log_softmax(logits, dim=2)
         log_probs = log_policy.gather(2, self._actions.unsqueeze(2)).squeeze(2)

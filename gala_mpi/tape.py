@@ -147,6 +147,10 @@ class Tape:
         self._passes = 0
         self._parts = list(zip(torch.split(self._inputs, count), torch.split(self._outputs, count), strict=True))
 
+    def begin(self) -> None:
+        """Note that passes follow, also such as a CUDA graph makes: those before are over."""
+        self._passes += 1
+
     @torch.no_grad()
     def forward(self, t: int, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, actions) and values (N,) of the observations of step `t`; views, without a gradient.

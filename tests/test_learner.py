@@ -267,8 +267,8 @@ def test_the_halves_of_an_update_on_a_gpu_are_those_on_the_cpu(monkeypatch: pyte
         np.testing.assert_allclose(gpu, cpu, rtol=1e-3, atol=1e-5)
 
 
-def test_a_learner_on_a_gpu_refuses_the_rollouts_of_another_collector(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its graph goes by where those of the first one lie."""
+def test_a_learner_on_a_gpu_refuses_what_its_graph_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes by where the rollouts of the first collector lie, and by what is there now."""
     monkeypatch.setattr(learner_module, "CudaGraph", Eager)
     policy = MLPPolicy(4, (8,), 2, torch.Generator().manual_seed(1))
     learner = GpuLearner(FlatParameters(policy), LearnerConfig(), 7e-4)
@@ -278,6 +278,10 @@ def test_a_learner_on_a_gpu_refuses_the_rollouts_of_another_collector(monkeypatc
         learner.update(first.collect(), 0.0, measure=False)
     with pytest.raises(ValueError, match="of one collector"):
         learner.update(other.collect(), 0.0, measure=False)
+    over = first.collect()
+    first.collect()
+    with pytest.raises(RuntimeError, match="another rollout has been taken since"):
+        learner.update(over, 0.0, measure=False)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +303,9 @@ def test_the_learning_rate_rises_to_the_scaled_one(scaled: float, warmup: int, e
     collector = Collector(simulators, policy, 5, 1, torch.Generator())
     for _ in expected:
         learner.update(collector.collect(), 0.0, measure=False)
-    assert taken == pytest.approx(expected)
+    learner.forget()
+    learner.update(collector.collect(), 0.0, measure=False)
+    assert taken == pytest.approx([*expected, expected[0]])
 
 
 def test_the_gradient_is_averaged_before_it_is_clipped() -> None:

@@ -69,7 +69,7 @@ def assert_survived(done: subprocess.CompletedProcess[str], folder: Path, size: 
 
 
 def assert_mixed_again(folder: Path, size: int, victim: int, *, may_be_held_up: bool = False) -> None:
-    """The rank after the victim in the ring lost it, found it, and then mixed its messages as before.
+    """The rank after the victim in the ring lost it, found it, and then mixed most of what it can have sent.
 
     Or, where a library may hold it up as long as the victim is silent, it was held up.
     """

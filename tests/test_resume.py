@@ -85,8 +85,11 @@ sys.exit(cli.train(sys.argv[1:]))
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Acrobot-v1"])
 def test_one_rank_goes_on_to_the_bit(one_mpi: Mpi, env: str, tmp_path: Path) -> None:
-    """With a learning rate that falls over the seam too."""
+    """With a learning rate that rises and falls over the seam too."""
     args = (*CARTPOLE[3:], "--env", env, "--seed", "3", "--total-steps", "12_800", "--learning-rate-decay", "linear")
+    # As many steps an update as before, of so many simulators that the rate is scaled.
+    args += ("--simulators", "32", "--rollout-steps", "2", "--learning-rate-scaling", "sqrt")
+    args += ("--learning-rate-warmup", "120")
     one_mpi.run(1, *TRAIN, *args, "--out", str(tmp_path / "whole"))
     done = one_mpi.run(1, "-c", STOPS, "77", *args, "--out", str(tmp_path / "parts"))
     assert done.returncode == 75 and newest(tmp_path / "parts", 0).facts.update == 77, done.stderr
@@ -169,7 +172,8 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
                     assert not np.array_equal(found.tensors[name], values), name
         assert total - size < steps <= total
         totals += [total]
-    said = resume(mpi, run, 3, "--total-steps", "25_600")
+    # Each rank takes its share, so that none finds the budget spent.
+    said = resume(mpi, run, 3, "--total-steps", "25_600", "--budget", "per-rank")
     assert re.search(r"2[56],\d\d\d steps, \d+,?\d* of them in", said)
     found = read_run(run)
     data, marks = curve(found, 10), seams(found)

@@ -28,6 +28,7 @@ def rollout_of(
     zeros = torch.zeros(shape)
     return Rollout(
         evaluate=lambda: (zeros.clone(), zeros.clone(), zeros.clone()),
+        is_last=lambda: True,
         rewards=torch.tensor(rewards),
         terminated=torch.tensor(terminated),
         truncated=torch.tensor(truncated),
