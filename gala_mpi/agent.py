@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gala_mpi.blindness import BlindnessWatch
 from gala_mpi.board import Board, Overview, board_bytes
 from gala_mpi.checkpoint import LARGEST_COUNT
 from gala_mpi.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
@@ -30,7 +31,7 @@ from gala_mpi.exchange import Exchange, make_exchange, window_bytes
 from gala_mpi.gossip import DivergedError
 from gala_mpi.learner import learner_class
 from gala_mpi.lease import Lease
-from gala_mpi.metrics import BlindnessWatch, Metrics, open_recorder
+from gala_mpi.metrics import Metrics, open_recorder
 from gala_mpi.monitor import Monitor
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.preparation import (

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import platform
-import statistics
-from collections import deque
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gala_mpi import __version__, _native
+from gala_mpi.blindness import BlindnessWatch
 from gala_mpi.config import ConfigError, TrainConfig
 from gala_mpi.environments import Episode
 from gala_mpi.exchange import Exchange
@@ -24,8 +22,6 @@ from gala_mpi.run_folder import RunInfo, rank_file
 from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
 from gala_mpi.window import library_version
 
-BLIND_ROWS, BLIND_UPDATES, FEWEST_ROWS, BLIND_BELOW = 50, 500, 10, 1e-4
-log = logging.getLogger(__name__)
 PACKAGES = ("torch", "mpi4py", "gymnasium", "ale-py", "numpy", "h5py")
 
 
@@ -55,29 +51,6 @@ def open_recorder(config: TrainConfig, info: RunInfo, about: Mapping[str, Any]) 
     except OSError as error:
         allowed = f"a folder that {platform.node()} can write ({error})"
         raise ConfigError("out", str(info.folder), allowed) from error
-
-
-class BlindnessWatch:
-    """Warns, once, when the values that the policy gives have not varied with what it sees for a while.
-
-    Then the explained variance is zero to rounding; in a network that works it is not, however little it explains.
-    """
-
-    def __init__(self, record_every: int) -> None:
-        self._last: deque[float] = deque(maxlen=max(min(BLIND_ROWS, BLIND_UPDATES // record_every), FEWEST_ROWS))
-
-    def note(self, explained_variance: float, update: int) -> None:
-        """Look at the explained variance of an update."""
-        last = self._last
-        last.append(abs(explained_variance))
-        if last and len(last) == last.maxlen and statistics.median(last) < BLIND_BELOW:
-            log.warning(
-                "update %d: the value of all observations has long been the same (explained variance 0): probably most "
-                "of the network is dead, and will not learn; what helps: a new run with a lower --learning-rate, or "
-                "with --learning-rate-scaling none",
-                update,
-            )
-            self._last = deque(maxlen=0)
 
 
 class Metrics:

@@ -10,20 +10,20 @@ import pytest
 from conftest import Mpi
 from test_training import rows
 
-from gala_mpi.metrics import BLIND_ROWS, BlindnessWatch
+from gala_mpi.blindness import MOST_ROWS, BlindnessWatch
 
 
 @pytest.mark.parametrize(
     ("values", "warns"),
     [
-        ([1e-7, -1e-7] * BLIND_ROWS, True),
+        ([1e-7, -1e-7] * MOST_ROWS, True),
         # Rounding now and then gives more.
-        (([0.0] * 9 + [0.02]) * BLIND_ROWS, True),
-        ([0.0] * (BLIND_ROWS - 1), False),
+        (([0.0] * 9 + [0.02]) * MOST_ROWS, True),
+        ([0.0] * (MOST_ROWS - 1), False),
         # Explains hardly anything, as at the beginning of a run.
-        ([1e-3, -2e-3, 5e-4] * BLIND_ROWS, False),
-        ([0.0, 0.9, 0.8] * BLIND_ROWS, False),
-        ([float("nan")] * 2 * BLIND_ROWS, False),
+        ([1e-3, -2e-3, 5e-4] * MOST_ROWS, False),
+        ([0.0, 0.9, 0.8] * MOST_ROWS, False),
+        ([float("nan")] * 2 * MOST_ROWS, False),
     ],
 )
 def test_values_that_do_not_vary_are_told_once(
