@@ -51,7 +51,7 @@ def test_a_dead_network_is_told(one_mpi: Mpi, rate: str, tmp_path: Path) -> None
     """The first rewards of Pong, at a rate at which no ReLU survives them, and at one at which most do."""
     run = tmp_path / "run"
     args = ("--env", "ALE/Pong-v5", "--simulators", "4", "--learning-rate", rate, "--learning-rate-scaling", "none")
-    args += ("--exchange", "none", "--budget", "per-rank", "--record-every", "1", "--total-steps", "4_400")
+    args += ("--exchange", "none", "--budget", "per-rank", "--record-every", "1", "--total-steps", "2_800")
     done = one_mpi.run(2, "-m", "gala_mpi", *args, "--out", str(run), timeout_s=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the value of all observations") == 2 * (rate == "0.05"), done.stderr
