@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Mpi
 from test_determinism import check_same
-from test_resume import CARTPOLE, STOPS, assert_same_policies, newest, resume
+from test_resume import CARTPOLE, assert_goes_on_to_the_bit, assert_same_parameters, newest, resume
 
 from gala_mpi.config import EnvironmentConfig, LearnerConfig
 from gala_mpi.environments import make_simulators
@@ -138,12 +138,7 @@ def test_ranks_share_a_device(mpi: Mpi, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_one_rank_goes_on_to_the_bit(one_mpi: Mpi, precision: str, tmp_path: Path) -> None:
     args = ("--device", "cuda", "--precision", precision, "--total-steps", "12_800", "--learning-rate-decay", "linear")
-    assert one_mpi.run(1, *CARTPOLE, *args, "--out", str(tmp_path / "whole")).returncode == 0
-    done = one_mpi.run(1, "-c", STOPS, "77", *CARTPOLE[3:], *args, "--out", str(tmp_path / "parts"))
-    assert done.returncode == 75 and newest(tmp_path / "parts", 0).facts.update == 77, done.stderr
-    resume(one_mpi, tmp_path / "parts", 1)
-    assert newest(tmp_path / "whole", 0).facts.update == 200
-    assert_same_policies(tmp_path / "whole", tmp_path / "parts", 1)
+    assert_goes_on_to_the_bit(one_mpi, 1, (*CARTPOLE[3:], *args), 77, 77, 200, tmp_path)
 
 
 def test_a_run_changes_the_device(mpi: Mpi, tmp_path: Path) -> None:
@@ -157,9 +152,7 @@ def test_a_run_changes_the_device(mpi: Mpi, tmp_path: Path) -> None:
         for rank in range(2):
             found = newest(run, rank)
             assert found.facts.update == before[rank].facts.update
-            for name, values in before[rank].tensors.items():
-                if name.startswith(("parameters.", "optimiser.")):
-                    np.testing.assert_array_equal(found.tensors[name], values)
+            assert_same_parameters(before[rank], found)
     steps = sum(newest(run, rank).facts.agent_steps for rank in range(2))
     resume(mpi, run, 2, "--total-steps", str(steps + 4_000))
     for rank in range(2):
@@ -169,7 +162,4 @@ def test_a_run_changes_the_device(mpi: Mpi, tmp_path: Path) -> None:
 def test_all_reduce_on_a_gpu_keeps_ranks_the_same(mpi: Mpi, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(mpi, run, "--exchange", "allreduce")
-    first, second = (newest(run, rank).tensors for rank in range(2))
-    for name, values in first.items():
-        if name.startswith(("parameters.", "optimiser.")):
-            np.testing.assert_array_equal(values, second[name])
+    assert_same_parameters(newest(run, 0), newest(run, 1))

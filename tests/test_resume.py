@@ -83,6 +83,25 @@ sys.exit(cli.train(sys.argv[1:]))
 """
 
 
+def assert_same_parameters(one: Checkpoint, other: Checkpoint) -> None:
+    """The parameters and the optimiser's state, to the bit."""
+    for name, values in one.tensors.items():
+        if name.startswith(("parameters.", "optimiser.")):
+            np.testing.assert_array_equal(values, other.tensors[name], err_msg=name)
+
+
+def assert_goes_on_to_the_bit(
+    mpi: Mpi, size: int, args: tuple[str, ...], stop: int, stopped: int, end: int, folder: Path
+) -> None:
+    """A run of `end` updates is what one is that was asked to stop at `stop`, did after `stopped`, and was resumed."""
+    assert mpi.run(size, *TRAIN, *args, "--out", str(folder / "whole")).returncode == 0
+    done = mpi.run(size, "-c", STOPS, str(stop), *args, "--out", str(folder / "parts"))
+    assert done.returncode == 75 and newest(folder / "parts", 0).facts.update == stopped, done.stderr
+    resume(mpi, folder / "parts", size)
+    assert newest(folder / "whole", 0).facts.update == end
+    assert_same_policies(folder / "whole", folder / "parts", size)
+
+
 @pytest.mark.parametrize("env", ["CartPole-v1", "Acrobot-v1"])
 def test_one_rank_goes_on_to_the_bit(one_mpi: Mpi, env: str, tmp_path: Path) -> None:
     """With a learning rate that rises and falls over the seam too."""
@@ -90,12 +109,7 @@ def test_one_rank_goes_on_to_the_bit(one_mpi: Mpi, env: str, tmp_path: Path) -> 
     # As many steps an update as before, of so many simulators that the rate is scaled.
     args += ("--simulators", "32", "--rollout-steps", "2", "--learning-rate-scaling", "sqrt")
     args += ("--learning-rate-warmup", "120")
-    one_mpi.run(1, *TRAIN, *args, "--out", str(tmp_path / "whole"))
-    done = one_mpi.run(1, "-c", STOPS, "77", *args, "--out", str(tmp_path / "parts"))
-    assert done.returncode == 75 and newest(tmp_path / "parts", 0).facts.update == 77, done.stderr
-    resume(one_mpi, tmp_path / "parts", 1)
-    assert newest(tmp_path / "whole", 0).facts.update == 200
-    assert_same_policies(tmp_path / "whole", tmp_path / "parts", 1)
+    assert_goes_on_to_the_bit(one_mpi, 1, args, 77, 77, 200, tmp_path)
     whole, parts = read_run(tmp_path / "whole"), read_run(tmp_path / "parts")
     for name in ("updates", "episodes"):
         one, other = whole.table(name), parts.table(name)
@@ -107,13 +121,8 @@ def test_all_reduce_goes_on_to_the_bit(mpi: Mpi, tmp_path: Path) -> None:
     """Stopped in the warm-up of a learning rate that falls as well."""
     args = (*CARTPOLE[3:], "--exchange", "allreduce", "--total-steps", "25_600", "--learning-rate-decay", "linear")
     args += ("--simulators", "16", "--learning-rate-scaling", "sqrt", "--learning-rate-warmup", "80")
-    mpi.run(2, *TRAIN, *args, "--out", str(tmp_path / "whole"))
-    done = mpi.run(2, "-c", STOPS, "40", *args, "--out", str(tmp_path / "parts"))
     # All end together, an update after one of them asked for it.
-    assert done.returncode == 75 and newest(tmp_path / "parts", 0).facts.update == 41, done.stderr
-    resume(mpi, tmp_path / "parts", 2)
-    assert newest(tmp_path / "whole", 0).facts.update == 100
-    assert_same_policies(tmp_path / "whole", tmp_path / "parts", 2)
+    assert_goes_on_to_the_bit(mpi, 2, args, 40, 41, 100, tmp_path)
 
 
 def test_a_signal_and_a_resume_lose_nothing(mpi: Mpi, tmp_path: Path) -> None:
@@ -164,10 +173,9 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
             found, source = newest(run, rank), old[rank % before]
             assert found.facts.size == size and found.facts.update == source.facts.update
             steps += found.facts.agent_steps
+            assert_same_parameters(source, found)
             for name, values in source.tensors.items():
-                if name.startswith(("parameters.", "optimiser.")):
-                    np.testing.assert_array_equal(found.tensors[name], values)
-                elif rank >= before and name.endswith("stream"):
+                if rank >= before and name.endswith("stream"):
                     # Another rank's streams are not drawn twice.
                     assert not np.array_equal(found.tensors[name], values), name
         assert total - size < steps <= total
