@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gala_mpi.blindness import BlindnessWatch
+from gala_mpi.stalls import BlindnessWatch
 from gala_mpi.board import Board, Overview, board_bytes
 from gala_mpi.checkpoint import LARGEST_COUNT
 from gala_mpi.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes

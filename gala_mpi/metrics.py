@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gala_mpi import __version__, _native
-from gala_mpi.blindness import BlindnessWatch
+from gala_mpi.stalls import BlindnessWatch
 from gala_mpi.config import ConfigError, TrainConfig
 from gala_mpi.environments import Episode
 from gala_mpi.exchange import Exchange

@@ -35,7 +35,7 @@ ORDER = (
         "gossip",
     ),
     *("exchange", "simulator_state", "environments", "networks", "stopwatch"),
-    *("cuda_graph", "tape", "rollout", "learner", "blindness"),
+    *("cuda_graph", "tape", "rollout", "learner", "stalls"),
     *("board", "schema", "recorder", "monitor", "checkpoint", "resume", "checkpointer"),
     *("doctor.findings", "doctor.libraries", "doctor.placement", "doctor.storage", "doctor.preflight"),
     *("preparation", "metrics", "agent"),

@@ -10,7 +10,7 @@ import pytest
 from conftest import Mpi
 from test_training import rows
 
-from gala_mpi.blindness import MOST_ROWS, BlindnessWatch
+from gala_mpi.stalls import MOST_ROWS, BlindnessWatch
 
 
 @pytest.mark.parametrize(
