@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 
-matplotlib.use("Agg")
+from runs import Run, RunError, given_path, output, plain, read_run, run_script  # isort: skip - sets the backend
+
 import matplotlib.pyplot as plt
-from runs import Run, RunError, output, plain, read_run, run_script
 
 COLUMNS = ["instant", "time_s", "ranks", "rank", "update", "distance_to_mean", "relative_distance", "mean_norm"]
 
@@ -94,8 +93,8 @@ def draw(data: pd.DataFrame, run: Run, path: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, help="folder for the results; by default that of the run")
+    parser.add_argument("run", type=given_path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=given_path, help="folder for the results; by default that of the run")
     args = parser.parse_args()
     run = read_run(args.run)
     data = distances(run)

@@ -4,9 +4,9 @@
     python analysis/learning_curves.py runs/gossip runs/allreduce --x time --out figures
 
 Writes learning-curve.png and learning-curve.csv to --out (by default the first run's folder). Columns of the CSV:
-run, time_s (since the run's t0), agent_steps (all ranks together), episodes (finished so far), episode_return (of
-this one), mean_return (over the last --window of all ranks), episodes_in_window (fewer at the start). Dotted lines
-in the drawing mark where a run was resumed.
+run (its folder's name, with those above where two are alike), time_s (since the run's t0), agent_steps (all ranks
+together), episodes (finished so far), episode_return (of this one), mean_return (over the last --window of all ranks),
+episodes_in_window (fewer at the start). Dotted lines in the drawing mark where a run was resumed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 
-matplotlib.use("Agg")
+from runs import Run, given_path, names, output, plain, read_run, run_script  # isort: skip - sets the backend
+
 import matplotlib.pyplot as plt
-from runs import Run, output, plain, read_run, run_script
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -46,14 +45,14 @@ def total_steps(run: Run, time_s: np.ndarray) -> np.ndarray:
     return total
 
 
-def curve(run: Run, window: int) -> pd.DataFrame:
+def curve(run: Run, window: int, name: str = "") -> pd.DataFrame:
     """One row an episode, in the order of their ends over all ranks; columns as in the module's docstring."""
     episodes = run.table("episodes").sort_values("time_s", kind="stable")
     time_s, returns = episodes["time_s"].to_numpy(float), episodes["episode_return"].to_numpy(float)
     rolling = pd.Series(returns).rolling(window, min_periods=1)
     return pd.DataFrame(
         {
-            "run": run.folder.resolve().name,
+            "run": name or run.folder.resolve().name,
             "time_s": time_s,
             "agent_steps": np.round(total_steps(run, time_s)).astype(np.int64),
             "episodes": np.arange(1, len(returns) + 1),
@@ -70,10 +69,10 @@ def seams(run: Run) -> pd.DataFrame:
     return pd.DataFrame({"time_s": time_s, "agent_steps": np.round(total_steps(run, time_s)).astype(np.int64)})
 
 
-def draw(curves: list[pd.DataFrame], runs: list[Run], x: str, window: int, path: Path) -> None:
+def draw(curves: list[pd.DataFrame], runs: dict[str, Run], x: str, window: int, path: Path) -> None:
     """Draw the curves, with the single episodes behind them."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=150, layout="constrained")
-    for index, (data, run) in enumerate(zip(curves, runs, strict=True)):
+    for index, (data, (name, run)) in enumerate(zip(curves, runs.items(), strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         along, resumed = (
             table["agent_steps"] / 1e6 if x == "steps" else table["time_s"] / 60 for table in (data, seams(run))
@@ -81,10 +80,11 @@ def draw(curves: list[pd.DataFrame], runs: list[Run], x: str, window: int, path:
         for number, place in enumerate(resumed):
             axes.axvline(place, color=colour, linewidth=0.8, linestyle=":", label="" if number else "resumed")
         axes.plot(along, data["episode_return"], ".", color=colour, alpha=0.15, markersize=3, markeredgewidth=0)
-        axes.plot(along, data["mean_return"], color=colour, linewidth=1.8, label=plain(run.folder.resolve().name))
+        axes.plot(along, data["mean_return"], color=colour, linewidth=1.8, label=plain(name))
     axes.set_xlabel("agent steps of all ranks (millions)" if x == "steps" else "time (minutes)")
-    axes.set_ylabel(f"episode return ({plain(runs[0].unit('episodes', 'episode_return'))})")
-    tasks = ", ".join(sorted({f"{plain(run.env_id)}, {run.sizes}" for run in runs}))
+    first = next(iter(runs.values()))
+    axes.set_ylabel(f"episode return ({plain(first.unit('episodes', 'episode_return'))})")
+    tasks = ", ".join(sorted({f"{plain(run.env_id)}, {run.sizes}" for run in runs.values()}))
     axes.set_title(f"{tasks}: mean of the last {window} episodes")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -99,19 +99,20 @@ def draw(curves: list[pd.DataFrame], runs: list[Run], x: str, window: int, path:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, help="folder for the results; by default that of the first run")
+    parser.add_argument("runs", nargs="+", type=given_path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=given_path, help="folder for the results; by default that of the first run")
     parser.add_argument("--window", type=int, default=100, help="episodes to average over (default 100)")
     parser.add_argument("--x", choices=("steps", "time"), default="steps", help="what to draw against")
     args = parser.parse_args()
     if args.window < 1:
         parser.error(f"--window: {args.window} cannot be used; expected at least 1")
     runs = [read_run(folder) for folder in args.runs]
-    curves = [curve(run, args.window) for run in runs]
+    named = dict(zip(names(runs), runs, strict=True))
+    curves = [curve(run, args.window, name) for name, run in named.items()]
     out = args.out or args.runs[0]
     table, picture = output(out, "learning-curve.csv"), output(out, "learning-curve.png")
     pd.concat(curves).to_csv(table, index=False)
-    draw(curves, runs, args.x, args.window, picture)
+    draw(curves, named, args.x, args.window, picture)
     for data, run in zip(curves, runs, strict=True):
         if data.empty:
             print(f"{run.folder}: no episode has ended yet")

@@ -5,6 +5,7 @@ Reads files that are still being written, and files whose writer was killed. Nee
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -14,7 +15,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,10 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 import pandas as pd
+
+# Into files alone, whatever a notebook has left in the environment: matplotlib fails on a backend that is not installed
+# as soon as it is imported, which the scripts do after this module.
+os.environ["MPLBACKEND"] = "Agg"
 
 SCHEMA_VERSION = 1
 DEADLINE_S = 60.0
@@ -271,9 +276,34 @@ def _frame(rows: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def given_path(text: str) -> Path:
+    """A path from the command line, with the user's home for `~`, which a shell leaves as it is in --out=~/figures."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' cannot be used; expected the path of a folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; expected a user that is known ({error})") from error
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """A name for each run: its folder's, with as many of those above as tell them all apart.
+
+    Raises RunError if a run is given twice.
+    """
+    folders = [run.folder.resolve() for run in runs]
+    for index, folder in enumerate(folders):
+        if folder in folders[:index]:
+            raise RunError(f"{runs[index].folder}: is given twice; expected each run once")
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return ["/".join(folder.parts[-depth:]) for folder in folders]
+
+
 def plain(text: str) -> str:
-    """A text as it is, for a drawing, where $ would begin a formula."""
-    return text.replace("$", r"\$")
+    """A text as it is, for a drawing, where $ would begin a formula and _ hide a line from the legend."""
+    return ("./" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def output(folder: Path, name: str) -> Path:
@@ -289,6 +319,9 @@ def output(folder: Path, name: str) -> Path:
 
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script's main function; a RunError, or an OSError, becomes one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # Not every encoding has all letters of a folder's name.
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (RunError, OSError) as error:

@@ -1,15 +1,28 @@
 #!/usr/bin/env bash
-# Let Ctrl-C, SIGTERM or SIGUSR1 end a run in order, with checkpoints, under every launcher:
+# Let Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal end a run in order, with checkpoints, under every launcher:
 #
 #   bash jobs/interruptible.sh mpirun -n 32 gala-mpi train --env ALE/Pong-v5
 #
-# Open MPI's mpirun, when it is told to end, kills the ranks a quarter of a second later. SIGUSR1 it passes on, and goes
-# on itself: that is what it gets here, also when the terminal is closed. Another signal, over a second later, ends the
-# launcher at once.
+# Open MPI's mpirun, when it is told to end, kills the ranks a quarter of a second later; MPICH's ends at once when its
+# terminal is closed, and the ranks with it. SIGUSR1 both pass on, and go on themselves: that is what they get here. Another
+# signal, over a second later, ends the launcher at once.
+#
+# What the launcher prints passes through this script: MPICH's mpirun ends a job whose output cannot be written, since
+# a disk is full or the reader has left.
 set -uo pipefail
-# A process group of its own for the launcher: the terminal's Ctrl-C comes to this script alone.
+# A process group of its own for the launcher, and for what passes its output on: the terminal's Ctrl-C comes to this
+# script alone.
 set -m
 launcher="" told=""
+
+# Pass lines on for as long as there are any, whether or not somebody takes them.
+pass_on() {
+    local line
+    trap '' PIPE
+    while IFS= read -r line || [[ -n "$line" ]]; do
+        printf '%s\n' "$line" || :
+    done
+} 2> /dev/null
 
 # shellcheck disable=SC2329  # it is called by the traps
 tell() {
@@ -24,8 +37,11 @@ tell() {
 }
 trap tell INT TERM USR1 HUP
 
-"$@" < /dev/null &
+exec 3> >(pass_on) && outputs=("$!")
+exec 4> >(exec 5>&2 && pass_on >&5) && outputs+=("$!")
+"$@" < /dev/null >&3 2>&4 3>&- 4>&- &
 launcher=$!
+exec 3>&- 4>&-
 # Told before there was a launcher: it has run nothing yet.
 [[ -z "$told" ]] || kill -TERM "$launcher" 2> /dev/null
 # A signal ends a wait, but not the launcher.
@@ -37,4 +53,9 @@ do :; done
 # It may have ended between the two; 127: the first has told its code.
 wait "$launcher" && ended=0 || ended=$?
 [[ "$ended" == 127 ]] || code=$ended
+# What it has said comes first; but who still holds its output open is not waited for.
+for ((tries = 0; tries < 50; ++tries)); do
+    kill -0 "${outputs[@]}" 2> /dev/null || break
+    sleep 0.1
+done
 exit "$code"

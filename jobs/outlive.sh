@@ -7,7 +7,7 @@
 # the end of that rank's connection to it. A parent that outlives the rank by a second lets it notice the
 # connection first. srun and Open MPI's mpirun need no such thing.
 trap '' USR1       # the process manager tells survivors of a death by it
-trap : TERM INT    # for the rank to act on
+trap : TERM INT HUP    # for the rank to act on
 "$@"
 code=$?
 [ "$code" -lt 128 ] || sleep 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def write_rank(
     **about: object,
 ) -> Recorder:
     """A new rank file without rows."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     attributes = {"run_id": run_id, "rank": rank, "size": size, "env_id": "Task-v0", "config": {}, "t0": 0.0, **about}
     config = RecordConfig(sketch_dimension=dimension, sketch_every_s=10)
     return Recorder(folder / name if name else rank_file(folder, rank, segment), attributes, config, seed=1)
@@ -196,6 +197,43 @@ def test_a_live_run_is_read_while_its_writer_goes_on(tmp_path: Path) -> None:
     episode(recorder, 2.0, 20, 7.0)
     recorder.close()
     assert len(pd.read_csv(run / "learning-curve.csv")) == 1
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("pong/seed1", "breakout/seed1", "pong/seed2")]
+    for run in runs:
+        recorder = write_rank(run, 0, size=1)
+        episode(recorder, 1.0, 100, 10.0)
+        recorder.close()
+    done = run_script("learning_curves.py", *runs, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = pd.read_csv(tmp_path / "out" / "learning-curve.csv")["run"].to_list()
+    assert found == ["pong/seed1", "breakout/seed1", "pong/seed2"]
+    alone = run_script("learning_curves.py", runs[0], runs[2], "--out", tmp_path / "out")
+    assert alone.returncode == 0, alone.stderr
+    assert pd.read_csv(tmp_path / "out" / "learning-curve.csv")["run"].to_list() == ["seed1", "seed2"]
+    twice = run_script("learning_curves.py", runs[0], tmp_path / "pong" / ".." / "pong" / "seed1")
+    assert twice.returncode == 2 and "is given twice" in twice.stderr and len(twice.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["learning_curves.py", "consensus.py"])
+def test_drawings_come_out_whatever_the_environment_holds(script: str, tmp_path: Path) -> None:
+    """A name that matplotlib would hide, a notebook's backend, a home, and an encoding without its letters."""
+    run = tmp_path / "_größe"
+    for rank in range(2):
+        recorder = write_rank(run, rank)
+        episode(recorder, 1.0, 100, 10.0)
+        recorder.append("sketches", (1.0, 1, 1.0, np.full(4, rank, np.float32)))
+        recorder.close()
+    environment = {"MPLBACKEND": "module://not_here.backend", "HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-W", "error", str(ANALYSIS / script), str(run), "--out=~/figures"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for picture in (tmp_path / "figures").glob("*.png"):
+        assert_png(picture)
+    assert len(list((tmp_path / "figures").iterdir())) == 2
+    nowhere = subprocess.run([*command[:-1], "--out="], capture_output=True, text=True, check=False)
+    assert nowhere.returncode == 2 and "expected the path of a folder" in nowhere.stderr
 
 
 @pytest.mark.parametrize("script", ["learning_curves", "consensus"])

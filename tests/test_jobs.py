@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from conftest import LAUNCHER_VARIABLES, ROOT, Mpi, finish, kill
@@ -17,18 +19,24 @@ from test_cli import SLOW, assert_closed, start_long_run
 ENVIRONMENT = Path(sys.executable).parent.parent
 
 
-def start(folder: Path, *args: str, launcher: str = "mpirun", environment: Path = ENVIRONMENT) -> subprocess.Popen[str]:
+def start(
+    folder: Path,
+    *args: str,
+    launcher: str = "mpirun",
+    environment: Path = ENVIRONMENT,
+    slurm: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[str]:
     """Run the template as Slurm would, with a queue that only writes down what it is asked."""
     queue = folder / "bin" / "scontrol"
     queue.parent.mkdir(exist_ok=True)
     queue.write_text(f'#!/bin/sh\necho "$@" >> {folder}/queue\n')
     queue.chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
-    slurm = {"SLURM_JOB_NAME": "test", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
+    given = {"SLURM_JOB_NAME": "test", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
     ours = {"GALA_MPI_ENV": str(environment), "GALA_MPI_LAUNCHER": launcher, "GALA_MPI_OUT": str(folder / "run")}
     return subprocess.Popen(
         ["bash", str(ROOT / "jobs" / "train.sbatch"), "--preset", "cartpole", *args],
-        env={**clean, **slurm, **ours, "PATH": f"{queue.parent}:{clean['PATH']}"},
+        env={**clean, **given, **ours, **slurm, "PATH": f"{queue.parent}:{clean['PATH']}"},
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -73,6 +81,34 @@ def test_a_folder_among_the_arguments_is_refused(given: str, tmp_path: Path) -> 
 def test_an_environment_that_is_none_is_told(tmp_path: Path) -> None:
     ended = finish(start(tmp_path, environment=tmp_path), 60)
     assert ended.returncode == 2 and ended.stderr.startswith(f"GALA_MPI_ENV: {tmp_path} is no virtual environment")
+
+
+@pytest.mark.parametrize(
+    ("slurm", "launched"),
+    [
+        ({"SLURM_CPUS_PER_TASK": "4"}, "srun --mpi=pmix --kill-on-bad-exit=0 --cpus-per-task=4 gala-mpi train"),
+        ({"GALA_MPI_LAUNCHER": "mpirun"}, "mpirun -n 2 gala-mpi train"),
+        (
+            {"GALA_MPI_LAUNCHER": "mpirun", "SLURM_NTASKS": "", "SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "8"},
+            "mpirun -n 24 gala-mpi train",
+        ),
+        ({"GALA_MPI_LAUNCHER": "mpirun", "SLURM_NTASKS": ""}, ""),
+    ],
+)
+def test_ranks_get_the_cores_that_the_job_has(slurm: dict[str, str], launched: str, tmp_path: Path) -> None:
+    """srun takes over no --cpus-per-task since Slurm 22.05, and Slurm may set no number of tasks."""
+    for name in ("srun", "mpirun"):
+        launcher = tmp_path / "env" / "bin" / name
+        launcher.parent.mkdir(parents=True, exist_ok=True)
+        launcher.write_text(f'#!/bin/sh\necho {name} "$@" with $OMP_NUM_THREADS threads\n')
+        launcher.chmod(0o755)
+    (tmp_path / "env" / "bin" / "activate").write_text(f'PATH="{tmp_path}/env/bin:$PATH"\n')
+    ended = finish(start(tmp_path, environment=tmp_path / "env", launcher="srun", slurm=slurm), 60)
+    if launched:
+        assert ended.returncode == 0 and ended.stdout.startswith(launched), ended
+        assert f"with {slurm.get('SLURM_CPUS_PER_TASK', '1')} threads" in ended.stdout
+    else:
+        assert ended.returncode == 2 and ended.stderr.startswith("SLURM_NTASKS: is not set") and ended.stdout == ""
 
 
 def test_a_rank_that_is_killed_on_the_way_does_not_keep_a_job_from_the_queue(tmp_path: Path) -> None:
