@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gala_mpi.stalls import BlindnessWatch
 from gala_mpi.board import Board, Overview, board_bytes
 from gala_mpi.checkpoint import LARGEST_COUNT
 from gala_mpi.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
 from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig
 from gala_mpi.courier import Courier
-from gala_mpi.environments import is_atari, make_simulators
+from gala_mpi.environments import is_atari, make_simulators, refused
 from gala_mpi.exchange import Exchange, make_exchange, window_bytes
 from gala_mpi.gossip import DivergedError
 from gala_mpi.learner import learner_class
@@ -46,8 +43,10 @@ from gala_mpi.preparation import (
 from gala_mpi.resume import Resumption, find_checkpoints
 from gala_mpi.rollout import Collector
 from gala_mpi.run_folder import RunInfo
-from gala_mpi.signals import StopRequest
+from gala_mpi.signals import StopRequest, take_back
+from gala_mpi.stalls import StallWatch
 from gala_mpi.stopwatch import Stopwatch
+from gala_mpi.user_code import tell
 from gala_mpi.waiting import Watchdog, wait_until
 from gala_mpi.window import MpiError
 
@@ -92,7 +91,13 @@ class Agent:
 
     def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease, watchdog: Watchdog) -> None:
         self._config, self._comm, self._lease, self._watchdog = config, comm, lease, watchdog
+        self._warned_of_signals = False
         threads, device = on_all_ranks(comm, lambda: place(comm, config.run.device))
+        self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
+        # What is set for a whole process, environments may have set otherwise.
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+        self._listen()
         if device.type == "cuda":
             # Streams and graphs are those of the current device.
             torch.cuda.set_device(device)
@@ -105,7 +110,6 @@ class Agent:
             torch.set_num_threads(threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
         # One stream for each use: parameters from the seed alone, simulators and actions by rank.
         shared = make_generator(int(np.random.SeedSequence([config.run.seed]).generate_state(1)[0]))
-        self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
         self._policy = make_policy(config, self._simulators, shared).to(device)
         self._flat = FlatParameters(self._policy)
         look_ahead(comm, window_bytes(config.exchange, self._flat, comm) + board_bytes(comm.size), info.folder)
@@ -132,7 +136,12 @@ class Agent:
         steps = config.learner.rollout_steps
         # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
         seed, dtype = int(simulator_seed) >> 2, getattr(torch, config.learner.precision)
-        self._collector = Collector(self._simulators, self._policy, steps, seed, generator, self._stopwatch, dtype)
+
+        def begin() -> Collector:
+            with refused(config.environment.env):
+                return Collector(self._simulators, self._policy, steps, seed, generator, self._stopwatch, dtype)
+
+        self._collector = on_all_ranks(comm, begin)
         parts = Parts(self._flat, self._learner, self._collector, self._exchange, self._board, self._stopwatch)
         identity = Identity(info.run_id, info.segment, comm.rank, comm.size, config.as_dict())
         self._checkpointer = Checkpointer(folder, parts, identity, config.record.checkpoint_every_s)
@@ -160,7 +169,7 @@ class Agent:
         self._recorder = on_all_ranks(comm, lambda: open_recorder(config, info, about))
         # Those that exchange die together, and one of them says so.
         watched = comm.rank == 0 or config.exchange.exchange == "none"
-        watch = BlindnessWatch(config.record.record_every) if watched else None
+        watch = StallWatch(config.record.record_every, self._simulators.actions) if watched else None
         self._metrics = Metrics(
             self._recorder, config, self._flat, self._exchange, self._stopwatch, self._begin_s, watch
         )
@@ -241,9 +250,10 @@ class Agent:
             log.warning("this rank ends, without a checkpoint of what diverged: %s", error)
         except MpiError:
             raise
-        except Exception:
+        # An environment that has taken a signal may make any exception of it, anywhere.
+        except BaseException as error:
             failed = True
-            self._fail()
+            self._fail(error)
         finally:
             with self._watchdog.limit(4 * self._timeout_s, STUCK_FILES):
                 self._all_written &= self._recorder.close()
@@ -275,10 +285,9 @@ class Agent:
             self._checkpointer.save(self._update, self._agent_steps, self._now_s())
         self._stopwatch.lap("checkpoint")
 
-    def _fail(self) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Say what went wrong in this rank, and let all others end with checkpoints and closed files."""
-        for line in traceback.format_exc().splitlines():
-            print(f"[{self._comm.rank}/{self._comm.size}] {line}", file=sys.stderr)
+        tell(error, self._comm.rank, self._comm.size)
         log.error("this rank ends by the error above, and all others with it; then --resume goes on from checkpoints")
         with self._limit():
             self._board.ask_all_to_stop()
@@ -330,7 +339,9 @@ class Agent:
             self._courier.free()
             self._exchange.free()
             self._board.free()
-        self._simulators.close()
+        timeout_s = self._config.environment.simulator_timeout_s
+        with self._watchdog.limit(timeout_s, f"simulators do not close within {timeout_s:g} s (--simulator-timeout-s)"):
+            self._simulators.close()
 
     def _show(self) -> None:
         """Show the progress of the run, on the rank that speaks for it."""
@@ -355,6 +366,13 @@ class Agent:
             self._board.ask_all_to_stop()
         return bool(stop.reason) or self._board.stop_requested or self._now_s() - self._begin_s >= limit_s
 
+    def _listen(self) -> None:
+        """Hear signals again, if an environment has taken them."""
+        if taken := take_back():
+            if not self._warned_of_signals:
+                log.warning("the environment has taken %s, which end a run in order: taken back", ", ".join(taken))
+            self._warned_of_signals = True
+
     def _progress(self) -> float:
         """Share of the budget that is spent."""
         run, size = self._config.run, self._comm.size
@@ -370,6 +388,7 @@ class Agent:
         timeout_s = self._config.environment.simulator_timeout_s
         with self._watchdog.limit(timeout_s, f"a rollout takes longer than {timeout_s:g} s (--simulator-timeout-s)"):
             rollout = self._collector.collect()
+        self._listen()
         losses = self._learner.update(rollout, self._progress(), measure=measure)
         self._update += 1
         self._agent_steps += rollout.rewards.numel()

@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 def parse(options: type[T], command: str, description: str, args: list[str], default: T | None = None) -> T:
     """The `options` that `args` describe, on top of `default`. Raises UsageError, whose text is one line."""
+    _refuse_nothing(args)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -27,6 +28,14 @@ def parse(options: type[T], command: str, description: str, args: list[str], def
             _one_line(said.getvalue()),
         )
         raise UsageError(f"{line} (see gala-mpi {command} --help)") from error
+
+
+def _refuse_nothing(args: list[str]) -> None:
+    """Raise UsageError for an option that is given nothing, by a variable that is not set, say: as a path, a here."""
+    for index, arg in enumerate(args):
+        if arg == "" or (arg.startswith("--") and arg.endswith("=")):
+            name = arg.rstrip("=") or (args[index - 1] if index else "")
+            raise UsageError(f"{name}: '' cannot be used; expected a value".lstrip(": "))
 
 
 def help_text(options: type[T], command: str, description: str, default: T | None = None) -> str:

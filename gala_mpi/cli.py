@@ -6,14 +6,15 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from gala_mpi import __version__
+from gala_mpi import __version__, output
+from gala_mpi.collective import RankFailureError
 from gala_mpi.config import UsageError
 from gala_mpi.exit_codes import EXIT_CONFIG, EXIT_ERROR, EXIT_OK
 from gala_mpi.signals import StopRequest, heard_by
+from gala_mpi.user_code import tell
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -30,6 +31,7 @@ RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID
 
 def main() -> NoReturn:
     """The command `gala-mpi`."""
+    output.guard()
     args = sys.argv[1:]
     if "--version" in args:
         sys.exit(_print_once(f"gala-mpi {__version__}"))
@@ -61,7 +63,7 @@ def train(args: list[str]) -> int:
     # Before all that takes long: a job may be preempted while it loads its libraries, and others wait in MPI's start
     # for a rank that an exception ends there.
     with heard_by(stop):
-        return under_mpi(run)
+        return under_mpi("train", run)
 
 
 def topology(args: list[str]) -> int:
@@ -79,7 +81,7 @@ def doctor(args: list[str]) -> int:
     from gala_mpi.doctor import command as examiner
 
     watch = examiner.start_watch(args)
-    return under_mpi(lambda comm: examiner.run(args, comm, watch))
+    return under_mpi("doctor", lambda comm: examiner.run(args, comm, watch))
 
 
 def bench(args: list[str]) -> int:
@@ -87,7 +89,7 @@ def bench(args: list[str]) -> int:
     from gala_mpi.bench import command as benchmark
 
     watch = benchmark.start_watch(args)
-    return under_mpi(lambda comm: benchmark.run(args, comm, watch))
+    return under_mpi("bench", lambda comm: benchmark.run(args, comm, watch))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -98,8 +100,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def under_mpi(run: Callable[[MPI.Intracomm], int]) -> int:
-    """The exit code of `run` on all ranks of the job. An exception on any rank ends the job. Collective."""
+def under_mpi(command: str, run: Callable[[MPI.Intracomm], int]) -> int:
+    """The exit code of `run`, a command's work, on all ranks. An exception on any rank ends the job. Collective."""
+    _look_ahead(command)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -118,12 +121,13 @@ def under_mpi(run: Callable[[MPI.Intracomm], int]) -> int:
         # Raised on all ranks alike: one of them speaks.
         # Ranks that the launcher could not join are all rank 0: it knows them apart.
         return refuse(error) if comm.rank == 0 and (comm.size > 1 or _speaks_for_launcher()) else EXIT_CONFIG
+    except RankFailureError as error:
+        # Raised on all ranks alike: they end together.
+        if error.__cause__ is not None:
+            tell(error.__cause__, comm.rank, comm.size)
+        return EXIT_ERROR
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        for line in traceback.format_exc().splitlines():
-            print(f"[{comm.rank}/{comm.size}] {line}", file=sys.stderr)
-        sys.stderr.flush()
+        tell(error, comm.rank, comm.size)
         # The other ranks may wait for this one in a collective call: end them too.
         # But not at once: a launcher may drop what it has not forwarded yet.
         time.sleep(0.5)
@@ -173,6 +177,20 @@ HELP: dict[str, Callable[[list[str]], str]] = {
 }
 
 
+def _look_ahead(command: str) -> None:
+    """Say what MPI will not get over as it starts: it would end without a word of the reason, or never."""
+    # Not at the top: help and version need none of it.
+    from gala_mpi.doctor import libraries, storage
+
+    launched = libraries.launch(os.environ)
+    here = libraries.ranks_here(launched, os.environ)
+    small = storage.too_small_to_start(storage.room(storage.SHARED_MEMORY), here)
+    barred = "" if launched.launcher else storage.way_barred(os.getpid())
+    for warning in filter(None, (small, barred)):
+        if not launched.rank:
+            print(f"gala-mpi {command}: warning: {warning}", file=sys.stderr, flush=True)
+
+
 def _speaks_for_launcher() -> bool:
     """Whether this is the first process that the launcher started, or the only one; without starting MPI."""
     ranks = [os.environ[name] for name in RANK_VARIABLES if name in os.environ]
@@ -187,9 +205,5 @@ def _refuse_once(error: UsageError) -> int:
 def _print_once(text: str) -> int:
     """Print on one rank, without starting MPI: help works on a login node too."""
     if _speaks_for_launcher():
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:
-            # Who reads has seen enough; nothing is to be flushed at the end either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text, flush=True)
     return EXIT_OK

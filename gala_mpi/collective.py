@@ -17,17 +17,36 @@ class DisagreementError(UsageError, ValueError):
     """What some rank was given cannot be used, or is not what the others were given. Raised on all ranks."""
 
 
+class RankFailureError(Exception):
+    """Some ranks have failed. Raised on all ranks; where it was, what has failed is the cause."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        super().__init__(f"failed: rank {', '.join(map(str, ranks))}")
+
+
 def on_all_ranks(comm: Intracomm, make: Callable[[], T]) -> T:
-    """What `make` gives on this rank, or on all ranks the first UsageError that one of them raised. Collective."""
+    """What `make` gives on this rank, if it gives something on all. Collective.
+
+    Else all ranks raise alike: RankFailureError if one raised what is no UsageError, which is the cause there; or the
+    first UsageError. An error of MPI's is raised at once: nobody may be there to agree with.
+    """
     made: list[T] = []
-    refusal = None
+    refusal: str | None = None
+    failure: Exception | None = None
     try:
         made.append(make())
     except UsageError as error:
         refusal = str(error)
-    for found in comm.allgather(refusal):
-        if found is not None:
-            raise UsageError(found)
+    except Exception as error:
+        if hasattr(error, "Get_error_class"):
+            raise
+        failure = error
+    found = comm.allgather((refusal, failure is not None))
+    if failed := [rank for rank, (_, whether) in enumerate(found) if whether]:
+        raise RankFailureError(failed) from failure
+    for said, _ in found:
+        if said is not None:
+            raise UsageError(said)
     return made[0]
 
 

@@ -6,9 +6,10 @@ allowed raises ConfigError, whose text is the one line a user sees.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -29,11 +30,30 @@ class ConfigError(UsageError):
         super().__init__(f"--{name.replace('_', '-')}: {value!r} cannot be used; expected {allowed}")
 
 
-def _at_least(section: object, lowest: float, *names: str) -> None:
+@contextlib.contextmanager
+def reaching(name: str, value: object) -> Iterator[None]:
+    """Ask the file system about a path that a user gave: where it does not answer, ConfigError names the setting."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(name, str(value), f"a path that can be reached ({reason})") from error
+
+
+def at_home(name: str, path: Path) -> Path:
+    """The path, with the user's home for `~`: a shell leaves it as it is in --out=~/runs. Raises ConfigError."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(name, str(path), f"a user whose home is known after ~ ({error})") from error
+
+
+def _at_least(section: object, lowest: float, *names: str, below: int = 2**63) -> None:
     for name in names:
         value = getattr(section, name)
-        if value is not None and not lowest <= value < 2**63:
-            raise ConfigError(name, value, f"a number of at least {lowest:g}, below 2**63")
+        if value is not None and not lowest <= value < below:
+            power = below.bit_length() - 1
+            raise ConfigError(name, value, f"a number of at least {lowest:g}, below 2**{power}")
 
 
 def _above_zero(section: object, *names: str) -> None:
@@ -75,9 +95,11 @@ class EnvironmentConfig:
     """Seconds that a rollout may take: a simulator that hangs then ends its rank."""
 
     def __post_init__(self) -> None:
+        # The emulators' own spelling: they are imported in any case.
+        object.__setattr__(self, "env", self.env.removeprefix("ale_py:"))
         _above_zero(self, "simulator_timeout_s")
-        _at_least(self, 1, "simulators", "frame_skip", "max_frames")
-        _at_least(self, 0, "noop_max")
+        _at_least(self, 1, "simulators", "frame_skip", "max_frames", below=2**31)
+        _at_least(self, 0, "noop_max", below=2**31)
         _fraction(self, "sticky_actions")
 
 
@@ -149,6 +171,7 @@ class ExchangeConfig:
     neighbour's; stop: end its part of the run."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "topology", str(at_home("topology", Path(self.topology))))
         _at_least(self, 0, "max_staleness")
         _above_zero(self, "neighbour_timeout_s")
 
@@ -175,10 +198,12 @@ class RecordConfig:
     """Checkpoints of each rank that are kept: the last ones, and beside them the best by mean return."""
 
     def __post_init__(self) -> None:
+        if self.out is not None:
+            object.__setattr__(self, "out", at_home("out", self.out))
         _at_least(self, 1, "record_every", "keep_checkpoints")
         _above_zero(self, "flush_every_s", "sketch_every_s", "progress_every_s", "checkpoint_every_s")
-        if self.sketch_dimension < 2 or self.sketch_dimension & (self.sketch_dimension - 1):
-            raise ConfigError("sketch_dimension", self.sketch_dimension, "a power of two of at least 2")
+        if not 2 <= self.sketch_dimension <= 2**20 or self.sketch_dimension & (self.sketch_dimension - 1):
+            raise ConfigError("sketch_dimension", self.sketch_dimension, "a power of two from 2 to 2**20")
 
 
 @dataclass(frozen=True)
@@ -203,6 +228,8 @@ class RunConfig:
     """Print at the end where an update's time goes; on a GPU each part is waited for, which costs speed."""
 
     def __post_init__(self) -> None:
+        if self.resume is not None:
+            object.__setattr__(self, "resume", at_home("resume", self.resume))
         _at_least(self, 1, "total_steps")
         _above_zero(self, "time_limit_s")
         if not 0 <= self.seed < 2**63:
@@ -238,23 +265,25 @@ def load_preset(preset: str) -> TrainConfig:
     """The configuration that a preset's name, or the path of a TOML file, stands for."""
     if preset in preset_names():
         text = (resources.files("gala_mpi") / "presets" / f"{preset}.toml").read_text("utf-8")
-    elif preset.endswith(".toml") and Path(preset).is_file():
-        text = _read_preset(preset)
     else:
-        raise ConfigError("preset", preset, f"one of {', '.join(preset_names())}, or the path of a .toml file")
+        text = _read_preset(preset)
     config = read_config(text, "preset", preset)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, preset=preset))
 
 
-def _read_preset(path: str) -> str:
+def _read_preset(preset: str) -> str:
+    path = at_home("preset", Path(preset))
+    with reaching("preset", preset):
+        if path.suffix != ".toml" or not path.is_file():
+            raise ConfigError("preset", preset, f"one of {', '.join(preset_names())}, or the path of a .toml file")
     try:
-        with Path(path).open("rb") as file:
+        with path.open("rb") as file:
             data = file.read(CONFIG_BYTES + 1)
         if len(data) > CONFIG_BYTES:
             raise ValueError(f"it has more than {CONFIG_BYTES:,} bytes")
         return data.decode()
     except (OSError, ValueError) as error:
-        raise ConfigError("preset", path, f"a TOML file that can be read ({error})") from error
+        raise ConfigError("preset", preset, f"a TOML file that can be read ({error})") from error
 
 
 def read_config(text: str, option: str, value: str) -> TrainConfig:
@@ -295,8 +324,10 @@ def _convert(refuse: Callable[[str], ConfigError], key: str, value: object, hint
         if value in options:
             return value
         raise refuse(f"{key} to be one of {', '.join(map(str, options))}, not {value!r}")
-    if getattr(hint, "__origin__", None) is tuple and isinstance(value, list) and all(type(i) is int for i in value):
-        return tuple(value)
+    if getattr(hint, "__origin__", None) is tuple:
+        if isinstance(value, list) and all(type(number) is int for number in value):
+            return tuple(value)
+        raise refuse(f"{key} to be a list of integers such as [64, 64], not {value!r}")
     kinds = [option for option in options if isinstance(option, type)] or [hint]
     for kind in kinds:
         if type(value) is kind:

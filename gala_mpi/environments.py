@@ -6,8 +6,10 @@ and statistics of whole games. The learner sees rows that are valid or not, term
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +21,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gala_mpi import simulator_state
 from gala_mpi.config import ConfigError, EnvironmentConfig
 from gala_mpi.files import first_line
+from gala_mpi.user_code import EndedProgramError, SimulatorError, summary, user_code
+from gala_mpi.vector_env import SerialVectorEnv, check_spaces
 
 Bools = npt.NDArray[np.bool_]
 FIRE = 1
-
-
-class SimulatorError(RuntimeError):
-    """A simulator gave what nothing can be learned from."""
+# The square of a return, of many such rewards, is still far from what float32 cannot hold.
+LARGEST_REWARD = 1e15
+LARGEST_OBSERVATION = float(np.finfo(np.float32).max)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ class Simulators:
         self._check("observations", observations)
         self._returns[:], self._lengths[:] = 0, 0
         self._resetting[:], self._fire_next[:] = False, False
-        self._lives = np.array(info.get("lives", self._lives))
+        if self._episodic_life:
+            self._lives = np.array(info.get("lives", self._lives))
         return np.asarray(observations)
 
     def step(self, actions: npt.NDArray[np.int64]) -> Step:
@@ -102,9 +107,8 @@ class Simulators:
         if self._fire_after_life and self._fire_next.any():
             actions = np.where(self._fire_next, FIRE, actions)
         observations, rewards, terminated, truncated, info = self.env.step(actions)
-        with np.errstate(over="ignore"):
-            learned = (np.sign(rewards) if self._clip_rewards else rewards).astype(np.float32)
-        self._check("rewards", learned)
+        learned = np.sign(rewards) if self._clip_rewards else rewards
+        self._check("rewards", learned, LARGEST_REWARD)
         self._check("observations", observations)
         # A row that only resets belongs to no game: neither its reward nor its flags count.
         playing = ~self._resetting
@@ -123,7 +127,7 @@ class Simulators:
         self._fire_next = lost_life & self._fire_after_life
         return Step(
             observations=observations,
-            rewards=learned,
+            rewards=learned.astype(np.float32),
             terminated=terminated | (lost_life & ~over),
             truncated=truncated,
             valid=valid,
@@ -131,13 +135,26 @@ class Simulators:
             episodes=episodes,
         )
 
-    def _check(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Raise SimulatorError if a value is not finite: one such row would make all parameters so."""
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            row = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))[0])
-            raise SimulatorError(
-                f"simulator {row} of this rank gave {name} that are not finite ({values[row]}): mend the environment"
-            )
+    @staticmethod
+    def _check(name: str, values: npt.NDArray[Any], largest: float = LARGEST_OBSERVATION) -> None:
+        """Raise SimulatorError if a value is not finite, or too large: one such row would make all parameters so."""
+        if values.dtype.kind != "f":
+            return
+        finite = np.isfinite(values)
+        fits = finite
+        if values.dtype.itemsize > 4 or largest < LARGEST_OBSERVATION:
+            fits = finite & (np.abs(values) <= largest)
+        if fits.all():
+            return
+        place = tuple(map(int, np.argwhere(~fits)[0]))
+        gave = f"simulator {place[0]} of this rank gave {name} that are not finite"
+        if not finite[place]:
+            raise SimulatorError(f"{gave} ({' '.join(str(values[place[0]]).split())}): mend the environment")
+        where = f"element {', '.join(map(str, place[1:]))} is " if place[1:] else ""
+        raise SimulatorError(
+            f"{gave} in float32, or have no square in it ({where}{values[place]:g}, above {largest:.2g}): scale them "
+            "in a wrapper"
+        )
 
     def state(self) -> dict[str, npt.NDArray[Any]] | None:
         """All that the next step depends on, by names, or None if the simulators cannot be saved."""
@@ -181,8 +198,11 @@ class Simulators:
         return np.asarray(lost, np.bool_)
 
     def close(self) -> None:
-        """Free the simulators."""
-        self.env.close()
+        """Free the simulators. What goes wrong with that is a warning: all has been learned by then."""
+        try:
+            self.env.close()
+        except Exception as error:
+            log.warning("the simulators could not be closed (%s)", summary(error))
 
 
 def is_atari(env: str) -> bool:
@@ -211,36 +231,41 @@ def _import(module: str, env: str) -> None:
     if not all(part.isidentifier() for part in module.split(".")):
         raise ConfigError("env", env, "the name of a module before the colon")
     try:
-        importlib.import_module(module)
+        with user_code(lambda: f"the import of {module}"):
+            importlib.import_module(module)
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ConfigError("env", env, f"a module that can be imported before the colon ({error})") from error
 
 
+@contextlib.contextmanager
+def refused(env: str) -> Iterator[None]:
+    """Before the first step, what is wrong with an environment is a refusal of it, in one line: ConfigError.
+
+    Not so a program's end (EndedProgramError): that is told as it is.
+    """
+    try:
+        yield
+    except EndedProgramError:
+        raise
+    except SimulatorError as error:
+        raise ConfigError("env", env, f"an environment that works, but {error}") from error
+
+
 def make_simulators(config: EnvironmentConfig, threads: int) -> Simulators:
     """The simulators of one rank.
 
-    Raises ConfigError if the id is not known, or has spaces that the learner cannot serve.
+    Raises ConfigError if the id is not known, if they cannot be made, or have spaces that the learner cannot serve.
     """
     if is_atari(config.env):
         return _atari_simulators(config, threads)
     check_environment(config.env)
-    try:
-        # Synchronous: MPI forbids forking after its start, and processes of flat tasks cost more than they give.
-        vector_env = gymnasium.make_vec(
-            config.env,
-            num_envs=config.simulators,
-            vectorization_mode="sync",
-            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-        )
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise ConfigError("env", config.env, f"an environment that can be made ({first_line(error)})") from error
-    observations, actions = vector_env.single_observation_space, vector_env.single_action_space
-    if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
-        raise ConfigError("env", config.env, f"a task with Discrete actions from 0, not {actions}")
-    if not isinstance(observations, gymnasium.spaces.Box) or len(observations.shape) != 1:
-        raise ConfigError("env", config.env, f"a task with flat Box observations, not {observations}")
+    with refused(config.env):
+        # In this process: MPI forbids forking after its start, and processes of flat tasks cost more than they give.
+        vector_env = SerialVectorEnv([lambda: gymnasium.make(config.env)] * config.simulators)
+    if lacking := check_spaces(vector_env.single_observation_space, vector_env.single_action_space):
+        raise ConfigError("env", config.env, lacking)
     return Simulators(vector_env)
 
 

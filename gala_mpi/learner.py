@@ -128,6 +128,9 @@ class Learner:
         """One step of RMSprop on the gradient, scaled down to the greatest norm if it is longer; the other terms."""
         data, grad, config = self._flat.data, self._flat.grad, self._config
         grad_norm = torch.linalg.vector_norm(grad)
+        if torch.isinf(grad_norm):
+            # Squares are beyond float32 long before the gradient is. The scale would be zero, and nothing learned.
+            grad_norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
         before = data.clone() if measure else data
         # A norm that is not a number makes all of them so: no half of the parameters goes on.
         scale = min(config.max_grad_norm / (float(grad_norm) + 1e-6), 1.0)
@@ -183,7 +186,8 @@ class GpuLearner(Learner):
 
     def _rmsprop(self, data: torch.Tensor, grad: torch.Tensor, square: torch.Tensor) -> Terms:
         config = self._config
-        grad_norm, before = torch.linalg.vector_norm(grad), data.clone()
+        # Squares may be beyond float32.
+        grad_norm, before = torch.linalg.vector_norm(grad, dtype=torch.float64), data.clone()
         grad.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
         square.mul_(config.rmsprop_alpha).addcmul_(grad, grad, value=1 - config.rmsprop_alpha)
         data.addcdiv_(grad * self._rate, square.sqrt().add_(config.rmsprop_epsilon), value=-1)

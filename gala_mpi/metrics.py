@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from gala_mpi import __version__, _native
-from gala_mpi.stalls import BlindnessWatch
 from gala_mpi.config import ConfigError, TrainConfig
 from gala_mpi.environments import Episode
 from gala_mpi.exchange import Exchange
@@ -19,6 +18,7 @@ from gala_mpi.learner import Losses
 from gala_mpi.parameters import FlatParameters
 from gala_mpi.recorder import Recorder
 from gala_mpi.run_folder import RunInfo, rank_file
+from gala_mpi.stalls import StallWatch
 from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
 from gala_mpi.window import library_version
 
@@ -64,7 +64,7 @@ class Metrics:
         exchange: Exchange,
         stopwatch: Stopwatch,
         begin_s: float,
-        watch: BlindnessWatch | None,
+        watch: StallWatch | None,
     ) -> None:
         self._watch = watch
         self._recorder, self._flat, self._exchange, self._stopwatch = recorder, flat, exchange, stopwatch
@@ -80,17 +80,18 @@ class Metrics:
     def note_update(self, time_s: float, update: int, agent_steps: int, losses: Losses) -> None:
         """A row of the update, of the profile and of each in-neighbour."""
         counters, when = self._exchange.counters, (time_s, update)
+        entropy, value_loss = float(losses.entropy), float(losses.value_loss)
         explained_variance = float(losses.explained_variance)
         if self._watch is not None:
-            self._watch.note(explained_variance, update)
+            self._watch.note(update, explained_variance=explained_variance, entropy=entropy, value_loss=value_loss)
         self._recorder.append(
             "updates",
             (
                 *when,
                 agent_steps,
                 float(losses.policy_loss),
-                float(losses.value_loss),
-                float(losses.entropy),
+                value_loss,
+                entropy,
                 float(losses.grad_norm),
                 float(losses.update_norm),
                 explained_variance,

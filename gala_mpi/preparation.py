@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 
 def make_checkpoint_folder(run: Path, rank: int, keep: int) -> CheckpointFolder:
-    """The folder of a rank's checkpoints. Raises UsageError if it is a link."""
+    """The folder of a rank's checkpoints. Raises UsageError if it is a link, or cannot be looked at."""
     try:
         return CheckpointFolder(run, rank, keep)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise UsageError(str(error)) from error
 
 

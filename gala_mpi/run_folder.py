@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gala_mpi.collective import on_all_ranks
-from gala_mpi.config import CONFIG_BYTES, ConfigError, TrainConfig, read_config
+from gala_mpi.config import CONFIG_BYTES, ConfigError, TrainConfig, reaching, read_config
 from gala_mpi.files import first_line, read_file, write_new_file
 from gala_mpi.lease import LEASE_FILE, LeaseError, check_free, write_lease
 
@@ -124,8 +124,9 @@ def _create(config: TrainConfig) -> RunInfo:
     if out is None:
         task = re.sub(r"[^A-Za-z0-9]+", "-", config.environment.env).strip("-").lower()
         out = Path("runs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
-    out = out.absolute()
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with reaching("out", out):
+        out = out.absolute()
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
     info = RunInfo(out, made, uuid.uuid4().hex, _now(), segment=0, after_an_end=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,8 @@ def _reopen(config: TrainConfig) -> RunInfo:
     folder = config.run.resume
     assert folder is not None
     run_id = run_id_of(folder)
-    last = max(segments(folder), default=0)
+    with reaching("resume", folder):
+        last = max(segments(folder), default=0)
     segment = last + 1
     if last >= LAST_SEGMENT:
         raise ConfigError("resume", str(folder), f"a run whose files have segments below {LAST_SEGMENT}")

@@ -12,6 +12,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+from gala_mpi import _native
 
 # Launchers may send the same signal twice.
 TWICE_WITHIN_S = 1.0
@@ -29,11 +32,14 @@ class StopRequest:
 
 @contextlib.contextmanager
 def heard_by(stop: StopRequest) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 ask for the end; another one ends the process, whose files are whole at any time."""
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask for the end; another one ends the process, whose files are whole.
+
+    SIGHUP and SIGUSR1 do so unless they are ignored.
+    """
     numbers = [signal.SIGINT, signal.SIGTERM]
-    # Ignored by jobs/outlive.sh: MPICH's launcher tells survivors of another's death by it.
-    if signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN:
-        numbers.append(signal.SIGUSR1)
+    # Ignored by nohup, so that a run outlives its terminal; and by jobs/outlive.sh: MPICH's launcher tells survivors of
+    # another's death by it.
+    numbers += [n for n in (signal.SIGHUP, signal.SIGUSR1) if signal.getsignal(n) != signal.SIG_IGN]
     heard, told = os.pipe()
     os.set_blocking(told, False)
 
@@ -57,25 +63,57 @@ def heard_by(stop: StopRequest) -> Iterator[None]:
     fd_before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=listen, name="signals", daemon=True).start()
     before = {number: signal.signal(number, lambda n, _: stop(signal.Signals(n).name)) for number in numbers}
-    _heard_here[:] = numbers
+    _ours.update({number: _handler(number) for number in numbers})
+    _told[:] = [told]
     try:
         yield
     finally:
-        _heard_here.clear()
+        _ours.clear()
+        _told.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(fd_before)
         os.close(told)
 
 
-_heard_here: list[signal.Signals] = []
+def settle() -> None:
+    """Hear signals again after MPI has begun, whose libraries put handlers of their own. Main thread only.
+
+    UCX, under both MPICH and Open MPI, takes SIGHUP to print what it is about, and passes it on to nobody. MPICH's own
+    handler of SIGUSR1, by which it learns of a rank's death, calls the one that was there before: it stays.
+    """
+    if signal.SIGUSR1 in _ours:
+        _ours[signal.SIGUSR1] = _handler(signal.SIGUSR1)
+    take_back()
+
+
+def take_back() -> list[str]:
+    """Put back what `heard_by` listens with, where other code has replaced it; the names of these signals.
+
+    Environments do that: those with a window, or an event loop. Cheap enough for every update. Main thread only.
+    """
+    taken = [number for number, handler in _ours.items() if _handler(number) != handler]
+    for number in taken:
+        signal.signal(number, _ours[number][0])
+    if _told:
+        signal.set_wakeup_fd(_told[0], warn_on_full_buffer=False)
+    return [signal.Signals(number).name for number in taken]
+
+
+def _handler(number: int) -> tuple[Any, int]:
+    """What a signal does: the function of Python, and the one in C that calls it, which a library may replace."""
+    return signal.getsignal(number), _native.handler_of(number)
+
+
+_ours: dict[int, tuple[Any, int]] = {}
+_told: list[int] = []
 
 
 def _forget() -> None:
     """In a child of fork, such as a simulator in a process of its own: its signals are not the parent's."""
-    if _heard_here:
+    if _ours:
         signal.set_wakeup_fd(-1)
-        for number in _heard_here:
+        for number in _ours:
             signal.signal(number, signal.SIG_DFL)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 import numpy.typing as npt
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+
+from gala_mpi.vector_env import SerialVectorEnv
 
 SAVABLE = "gymnasium.envs.classic_control."
 PLAIN_WRAPPERS = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
@@ -64,10 +66,7 @@ def _kinds(state: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[Any, str]]:
 def _open_ones(vector_env: VectorEnv[Any, Any, Any]) -> list[Any]:
     """The environments one by one, if their whole state lies open; else none."""
     spec = vector_env.spec
-    if not isinstance(vector_env, SyncVectorEnv) or spec is None or not str(spec.entry_point).startswith(SAVABLE):
-        return []
-    # In any other mode a reset may be pending.
-    if vector_env.metadata["autoreset_mode"] != AutoresetMode.SAME_STEP:
+    if not isinstance(vector_env, SerialVectorEnv) or spec is None or not str(spec.entry_point).startswith(SAVABLE):
         return []
     envs: list[Any] = list(vector_env.envs)
     # Others may have a state of their own: statistics by which observations are normalised, say.

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gala_mpi.config import ConfigError
+from gala_mpi.config import ConfigError, at_home, reaching
 from gala_mpi.edge_list import InWeights, read_edge_list
 
 InEdges = Iterable[Iterable[int]]
@@ -176,8 +176,11 @@ def make_topology(name: str, size: int, nodes: Sequence[str] | None = None) -> T
         rotating = name == ONE_PEER
         in_weights = tuple((0.5,) * len(sources) for sources in in_edges) if rotating else _metropolis(in_edges)
         return Topology(name, size, in_edges, in_weights, rotating)
-    if Path(name).is_file():
-        return _weighted(name, size, read_edge_list(Path(name), size))
+    path = at_home("topology", Path(name))
+    with reaching("topology", name):
+        is_file = path.is_file()
+    if is_file:
+        return _weighted(name, size, read_edge_list(path, size))
     raise ConfigError(
         "topology", name, f"one of {', '.join(TOPOLOGIES)}, or the path of an edge list (there is no such file)"
     )

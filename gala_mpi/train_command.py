@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gala_mpi import __version__, arguments
-from gala_mpi.collective import on_all_ranks
-from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, load_preset
+from gala_mpi.collective import RankFailureError, on_all_ranks
+from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, at_home, load_preset, reaching
 from gala_mpi.environments import check_environment
 from gala_mpi.exit_codes import EXIT_DIVERGED, EXIT_ERROR, EXIT_LOST, EXIT_OK, EXIT_STOPPED, EXIT_UNWRITTEN
 from gala_mpi.lease import LEASE_FILE, Lease
 from gala_mpi.resume import check_changes
 from gala_mpi.run_folder import RunInfo, create_run, discard_run, holds_a_run, reopen_run, run_id_of, saved_config
-from gala_mpi.signals import StopRequest
+from gala_mpi.signals import StopRequest, settle
 from gala_mpi.stopwatch import profile_table
 from gala_mpi.topology import TOPOLOGIES, make_topology
 from gala_mpi.waiting import Watchdog
@@ -41,6 +41,7 @@ def help_text(args: list[str]) -> str:
 
 def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
     """Train; returns the exit code. Collective."""
+    settle()
     watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
     complaint = f"the start of the run: some rank has not come within {START_WITHIN_S:g} s"
     with watchdog.limit(START_WITHIN_S, complaint):
@@ -56,13 +57,14 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
             lease.hold()
         try:
             agent = Agent(config, comm, info, lease, watchdog)
-        except UsageError:
+        except (UsageError, RankFailureError):
             lease.let_go()
             # Raised on all ranks: none writes the lease any more.
             comm.Barrier()
-            if comm.rank == 0:
-                lease.give_back(ended=info.after_an_end)
-                discard_run(info)
+            _undo(info, lease, comm)
+            raise
+        except Exception:
+            _undo(info, lease, comm)
             raise
     if comm.rank == 0:
         print("\n".join([_banner(config, comm, info), *agent.origin, *changes]), flush=True)
@@ -82,6 +84,13 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
         _leave(comm, code, speaks=comm.rank == summary.speaker)
     agent.free()
     return code
+
+
+def _undo(info: RunInfo, lease: Lease, comm: MPI.Intracomm) -> None:
+    """Leave the folder as it was before this start, on the rank that made it: the same command may begin again."""
+    if comm.rank == 0:
+        lease.give_back(ended=info.after_an_end)
+        discard_run(info)
 
 
 def _exit_code(summary: Summary) -> int:
@@ -128,11 +137,16 @@ def parse(args: list[str]) -> TrainConfig:
     """The configuration that the arguments describe, on top of the preset that they name, or the run they resume."""
     preset, resume = _option(args, "--preset"), _option(args, "--resume")
     before = None
-    if resume is not None and not Path(resume).is_dir():
-        what = "the folder of a run, not a file" if Path(resume).exists() else "the folder of a run; there is none here"
-        raise ConfigError("resume", resume, what)
-    if resume is not None and preset is None:
-        before = saved_config(Path(resume))
+    if resume is not None:
+        folder = at_home("resume", Path(resume))
+        with reaching("resume", resume):
+            if not folder.is_dir():
+                what = (
+                    "the folder of a run, not a file" if folder.exists() else "the folder of a run; there is none here"
+                )
+                raise ConfigError("resume", resume, what)
+        if preset is None:
+            before = saved_config(folder)
     if before is None:
         before = load_preset(RunConfig.preset if preset is None else preset)
     env = before.environment.env
@@ -172,10 +186,12 @@ def check(config: TrainConfig, size: int) -> TrainConfig:
         raise ConfigError("out", str(out), "nothing with --resume: the run stays in its folder")
     if resume is not None:
         run_id_of(resume)
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError("out", str(out), "a folder, not a file")
-    if out is not None and out.is_dir() and holds_a_run(out):
-        raise ConfigError("out", str(out), "a folder that holds no run yet (--resume goes on with one)")
+    if out is not None:
+        with reaching("out", out):
+            if out.exists() and not out.is_dir():
+                raise ConfigError("out", str(out), "a folder, not a file")
+            if out.is_dir() and holds_a_run(out):
+                raise ConfigError("out", str(out), "a folder that holds no run yet (--resume goes on with one)")
     return config
 
 

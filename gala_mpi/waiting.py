@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -66,6 +67,8 @@ class Watchdog:
         self._deadline_s, self._complaint = float("inf"), ""
         # It prints the stack of a process that ends by SIGABRT.
         faulthandler.enable(STDERR)
+        # By this one exits from within C do so, see `user_code`.
+        faulthandler.register(signal.SIGRTMAX, STDERR, all_threads=False)
         _native.running_s()
         threading.Thread(target=self._watch, daemon=True).start()
 

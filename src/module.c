@@ -710,6 +710,36 @@ static PyObject *py_running_s(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(n
     return PyFloat_FromDouble((double)ticks / WATCH_TICKS_PER_SECOND);
 }
 
+PyDoc_STRVAR(guard_exit_doc,
+"guard_exit(on)\n--\n\n"
+"While on, an exit of this process from within C is an error: its stack is printed, and the exit code is 1.\n\n"
+"The stack is printed if faulthandler.register(signal.SIGRTMAX) was called. Raises RuntimeError if no function can be\n"
+"registered for the end of the process. Local.");
+
+static PyObject *py_guard_exit(PyObject *Py_UNUSED(module), PyObject *on)
+{
+    int truth = PyObject_IsTrue(on);
+    if (truth < 0)
+        return NULL;
+    if (guard_exit(truth) < 0) {
+        PyErr_SetString(PyExc_RuntimeError, "no function can be registered for the end of the process");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(handler_of_doc,
+"handler_of(signal)\n--\n\n"
+"The address of the function that handles a signal, in C; 0 if there is none. Local.");
+
+static PyObject *py_handler_of(PyObject *Py_UNUSED(module), PyObject *number)
+{
+    long signal = PyLong_AsLong(number);
+    if (signal == -1 && PyErr_Occurred())
+        return NULL;
+    return PyLong_FromUnsignedLongLong((unsigned long long)handler_of((int)signal));
+}
+
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"mix", (PyCFunction)(void (*)(void))py_mix, METH_VARARGS | METH_KEYWORDS, mix_doc},
@@ -724,6 +754,8 @@ static PyMethodDef methods[] = {
     {"sketch", (PyCFunction)(void (*)(void))py_sketch, METH_VARARGS | METH_KEYWORDS, sketch_doc},
     {"watch", (PyCFunction)(void (*)(void))py_watch, METH_VARARGS | METH_KEYWORDS, watch_doc},
     {"running_s", py_running_s, METH_NOARGS, running_s_doc},
+    {"guard_exit", py_guard_exit, METH_O, guard_exit_doc},
+    {"handler_of", py_handler_of, METH_O, handler_of_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -750,7 +782,8 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "gala_mpi._native",
     .m_doc = "Kernels over flat parameters: pack, mix, exchange, all_finite, average, checksum, sketch and rmsprop; and\n"
-             "scale_frames. Atomics on a word that processes share: swap and load. A watch over the interpreter's lock.",
+             "scale_frames. Atomics on a word that processes share: swap and load. A watch over the interpreter's lock,\n"
+             "exits from within C, and signals' handlers.",
     .m_methods = methods,
     .m_slots = slots,
 };

@@ -18,6 +18,46 @@ static atomic_int left;
 /* Written by callers only, which hold the interpreter's lock; read when the last of them has let its time pass. */
 static char said[WATCH_MESSAGE_BYTES];
 
+uintptr_t handler_of(int signal)
+{
+    struct sigaction now;
+    if (sigaction(signal, NULL, &now) < 0)
+        return 0;
+    return (now.sa_flags & SA_SIGINFO) ? (uintptr_t)now.sa_sigaction : (uintptr_t)now.sa_handler;
+}
+
+/* Whether an exit is one that nobody has asked for: set and read by the main thread. */
+static volatile sig_atomic_t guarded;
+static pid_t guarded_in;
+
+static void exit_in_order(void)
+{
+    static const char text[] = "error: code of the user's, or a library of it, has ended the program from within C:\n";
+    if (!guarded || guarded_in != getpid())
+        return;
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) {
+        /* There is nobody to tell. */
+    }
+    /* A handler prints the stack, and returns; without one the process would end by the signal. */
+    if (handler_of(GUARD_SIGNAL))
+        raise(GUARD_SIGNAL);
+    _exit(1);
+}
+
+int guard_exit(int on)
+{
+    static int registered;
+    if (on && !registered) {
+        if (atexit(exit_in_order) != 0)
+            return -1;
+        registered = 1;
+    }
+    if (on)
+        guarded_in = getpid();
+    guarded = on;
+    return 0;
+}
+
 static void end(void)
 {
     /* A core of all that a policy and its simulators take would fill a disk. */

@@ -1,8 +1,11 @@
-/* A thread without Python: it counts the time that the process has, and ends one whose interpreter is locked. */
+/* What the interpreter cannot see: the time that the process has, and the end of one whose interpreter is locked (by a thread
+ * without Python); an exit from within C; a handler that a library has put in place of another. */
 #ifndef GALA_MPI_WATCH_H
 #define GALA_MPI_WATCH_H
 
+#include <signal.h>
 #include <stddef.h>
+#include <stdint.h>
 
 enum { WATCH_TICKS_PER_SECOND = 4, WATCH_MESSAGE_BYTES = 256 };
 
@@ -13,5 +16,13 @@ long long ticks_until_now(void);
 /* End the process by SIGABRT, after `message` on stderr, unless called again within so many ticks. 0: not at all. Returns
  * -1 if no thread can be started. */
 int watch(int ticks, const char *message);
+
+/* While on, an exit of this process from within C is GUARD_SIGNAL, if that has a handler, then exit code 1. -1 if that cannot
+ * be had. */
+#define GUARD_SIGNAL SIGRTMAX
+int guard_exit(int on);
+
+/* The address of the handler of a signal, 0 if there is none. */
+uintptr_t handler_of(int signal);
 
 #endif

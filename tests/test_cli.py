@@ -39,6 +39,7 @@ COMMAND = ("-m", "gala_mpi", "train", "--preset", "cartpole")
         (["--out", "taken"], "--out: 'taken'"),
         (["--out", "file.txt"], "--out: 'file.txt'"),
         (["--out", "file.txt/below"], "--out: 'file.txt/below'"),
+        (["--out", "a" * 300], "--out: 'aaa"),
         (["--no-such-flag"], "--no-such-flag"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -85,6 +86,30 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert "--out" in done.stderr and "Permission denied" in done.stderr
     assert list(closed.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="root may enter any folder")
+def test_paths_below_a_folder_that_may_not_be_entered_are_refused(tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    (locked / "x").mkdir()
+    locked.chmod(0)
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    commands = [(*COMMAND, option, f"{locked}/x") for option in ("--out", "--resume", "--topology")]
+    commands += [("-m", "gala_mpi", "train", "--preset", f"{locked}/x.toml")]
+    commands += [("-m", "gala_mpi", "bench", "--json", f"{locked}/x.json")]
+    commands += [("-m", "gala_mpi", "topology", f"{locked}/x", "--size", "4")]
+    commands += [("-m", "gala_mpi", "topology", "ring", "--size", "4", "--draw", f"{locked}/x.png")]
+    started = [
+        subprocess.Popen([*drop, sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    for process, command in zip(started, commands, strict=True):
+        said = finish(process, 90).stderr
+        assert process.returncode == 2, (command, said)
+        assert said.count("gala-mpi: error:") == 1 and "Permission denied" in said and "Traceback" not in said
+    locked.chmod(0o700)
+    assert list((locked / "x").iterdir()) == []
 
 
 def test_help_is_printed_once_and_starts_no_mpi(one_mpi: Mpi) -> None:
@@ -164,6 +189,7 @@ def start_long_run(
         ("gossip", signal.SIGINT),
         ("gossip", signal.SIGTERM),
         ("gossip", signal.SIGUSR1),
+        ("gossip", signal.SIGHUP),
         ("allreduce", signal.SIGTERM),
     ],
 )
@@ -171,7 +197,7 @@ def test_a_signal_to_one_rank_ends_all_with_closed_files(
     mpi: Mpi, exchange: str, number: signal.Signals, tmp_path: Path
 ) -> None:
     process = start_long_run(mpi, tmp_path / "run", 3, "--exchange", exchange)
-    told = {signal.SIGINT: 0, signal.SIGTERM: 1, signal.SIGUSR1: 2}[number]
+    told = {signal.SIGINT: 0, signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGHUP: 1}[number]
     os.kill(rank_process(process.pid, told), number)
     done = finish(process, 60)
     assert done.returncode == 75, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from gala_mpi import train_command
 from gala_mpi.config import ConfigError, TrainConfig, UsageError, load_preset, preset_names, read_config
 from gala_mpi.run_folder import as_toml
+from gala_mpi.topology import make_topology
 
 
 @pytest.mark.parametrize("preset", ["gala-atari", "cartpole"])
@@ -40,7 +42,17 @@ def test_the_reference_preset_holds_the_settings_of_the_reference() -> None:
         (["--time-limit-s", "inf"], "--time-limit-s", "inf"),
         (["--max-staleness", "-1"], "--max-staleness", "-1"),
         (["--sketch-dimension", "1000"], "--sketch-dimension", "1000"),
+        (["--sketch-dimension", "4611686018427387904"], "--sketch-dimension", "from 2 to 2**20"),
+        (["--max-frames", "4294967296"], "--max-frames", "below 2**31"),
+        (["--noop-max", "2147483648"], "--noop-max", "below 2**31"),
         (["--hidden", "64", "0"], "--hidden", "(64, 0)"),
+        (["--out", ""], "--out", "''"),
+        (["--out="], "--out", "''"),
+        (["--env", ""], "--env", "''"),
+        (["--resume", ""], "--resume", "''"),
+        (["--out", "~nobody-of-this-name/x"], "--out", "'~nobody-of-this-name/x'"),
+        (["--resume", "a" * 300], "--resume", "File name too long"),
+        (["--preset", "a" * 300 + ".toml"], "--preset", "File name too long"),
         (["--seed", "-3"], "--seed", "-3"),
         (["--preset", "nope"], "--preset", "nope"),
         (["--exchange", "gosip"], "--exchange", "gosip"),
@@ -56,6 +68,39 @@ def test_a_refusal_is_one_line_with_field_and_value(args: list[str], field: str,
         train_command.parse(args)
     text = str(refusal.value)
     assert "\n" not in text and field in text and value in text
+
+
+@pytest.mark.parametrize("value", [64, -1, 2**62, 1.5, "x", "", True, [], [1], [1.5], [True], [[1]], {}, {"x": 1}])
+def test_no_value_of_a_preset_is_a_surprise(value: object, tmp_path: Path) -> None:
+    """Of any type, for every setting: it is taken, or refused in one line."""
+    for section, settings in TrainConfig().as_dict().items():
+        for name in settings:
+            text = json.dumps(value).replace(":", " =")
+            try:
+                config = read_config(f"[{section}]\n{name} = {text}\n", "preset", "mine.toml")
+            except ConfigError as refusal:
+                assert "\n" not in str(refusal)
+            else:
+                assert type(getattr(getattr(config, section), name)) in (type(value), float, tuple)
+
+
+def test_the_home_of_a_user_is_found_where_a_shell_leaves_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In --out=~/x and in a preset it does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[exchange]\ntopology = "~/edges.txt"\n')
+    config = train_command.parse(["--preset=~/mine.toml", "--out=~/runs/x"])
+    assert config.record.out == tmp_path / "runs" / "x" and config.exchange.topology == str(tmp_path / "edges.txt")
+    (tmp_path / "edges.txt").write_text("0 1\n1 0\n")
+    assert make_topology("~/edges.txt", 2).in_edges == ((1,), (0,))
+
+
+def test_ale_s_own_spelling_of_a_game_is_the_game(tmp_path: Path) -> None:
+    assert train_command.parse(["--env", "ale_py:ALE/Pong-v5"]).environment.env == "ALE/Pong-v5"
+    # No file chooses code by it.
+    preset = tmp_path / "preset.toml"
+    preset.write_text('[environment]\nenv = "ale_py:ALE/Pong-v5"\n')
+    assert train_command.parse(["--preset", str(preset)]).environment.env == "ALE/Pong-v5"
 
 
 def test_arguments_override_the_preset() -> None:
@@ -89,6 +134,7 @@ def test_the_saved_configuration_is_a_preset_that_gives_the_same_run(preset: str
         "[environment]\nsimulators = 'three'\n",
         "[learner]\nlearning_rate_decay = 'cubic'\n",
         "[learner]\nhidden = [64, 'x']\n",
+        "[learner]\nhidden = 64\n",
         "environment = 3\n",
         "not toml",
         f"[environment]\nenv = 0x{'f' * 5000}\n",

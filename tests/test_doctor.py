@@ -199,10 +199,16 @@ def test_a_cluster_is_seen_as_it_is(cluster: Cluster, mpi: Mpi, tmp_path: Path) 
         assert each["fetch_and_op_us"] > 10
 
 
-def in_shared_memory(size: str, mpi: Mpi, ranks: int, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The doctor on `ranks` ranks of a host whose /dev/shm has that size."""
+DOCTOR = (*COMMAND, "--json", "--topology", "complete", "--deadline-s", "30")
+TRAIN = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--total-steps", "1000")
+
+
+def in_shared_memory(
+    size: str, mpi: Mpi, ranks: int, folder: Path, args: tuple[str, ...] = DOCTOR
+) -> subprocess.CompletedProcess[str]:
+    """The doctor, or another command, on `ranks` ranks of a host whose /dev/shm has that size."""
     mount = f'mount -t tmpfs -o size={size} none /dev/shm && exec "$@"'
-    command = mpi.command(ranks, *COMMAND, "--json", "--topology", "complete", "--deadline-s", "30")
+    command = mpi.command(ranks, *args)
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", mount, "sh", *command],
         env=clean_environment(**dict(mpi.environment)),
@@ -226,10 +232,14 @@ def test_a_containers_small_shared_memory_fails(mpi: Mpi, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not may_unshare("-m"), reason="needs the right to mount")
-def test_shared_memory_too_small_for_mpi_itself_is_told_before_it_starts(mpich: Mpi, tmp_path: Path) -> None:
-    done = in_shared_memory("4m", mpich, 3, tmp_path)
-    assert done.returncode != 0, "dead, or with the report that the windows do not fit"
-    said = [line for line in done.stderr.splitlines() if line.startswith("gala-mpi doctor: warning:")]
+@pytest.mark.parametrize("args", [DOCTOR, TRAIN], ids=["doctor", "train"])
+def test_shared_memory_too_small_for_mpi_itself_is_told_before_it_starts(
+    mpich: Mpi, args: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = in_shared_memory("4m", mpich, 3, tmp_path, args)
+    # MPI gets over it with a small policy, now and then.
+    assert done.returncode != 0 or args is TRAIN, "dead, or with the report that the windows do not fit"
+    said = [line for line in done.stderr.splitlines() if line.startswith(f"gala-mpi {args[2]}: warning:")]
     # Other ranks may have begun to take some.
     told = r"[kM]?B of 4\.2 MB of /dev/shm are free: MPI may crash as it starts 3 ranks; fix: .*--shm-size="
     assert len(said) == 1 and re.search(told, said[0])

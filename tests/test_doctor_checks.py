@@ -241,6 +241,22 @@ def test_mpi_itself_needs_shared_memory() -> None:
     assert libraries.ranks_here(found, {"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}) == 8
 
 
+def test_what_a_killed_run_left_under_this_process_number_is_removed_or_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MPICH would wait for it for ever, or end."""
+    monkeypatch.setattr(storage, "SHARED_MEMORY", tmp_path)
+    assert storage.way_barred(0xAB) == ""
+    names = ("mpich_shm_ab_0", "mpich_shm_ab_1", "mpich_shm_abc_0", "mpich_shm_cd_0", "mine_ab_0")
+    for name in names:
+        (tmp_path / name).touch()
+    assert storage.way_barred(0xAB) == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[2:])
+    (tmp_path / names[0]).mkdir()  # which cannot be unlinked either
+    said = storage.way_barred(0xAB)
+    assert str(tmp_path / names[0]) in said and (tmp_path / names[0]).owner() in said and "start again" in said
+
+
 def test_a_full_or_a_fleeting_file_system_is_told() -> None:
     def status(kind: str, free: float) -> str:
         return storage.judge_room("runs", kind, storage.Room(10**13, int(free)), (0,)).status

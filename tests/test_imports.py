@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gala_mpi"
 ORDER = (
     *(
         "exit_codes",
+        "output",
         "config",
         "arguments",
         "collective",
@@ -26,6 +27,7 @@ ORDER = (
         "graphs.command",
         "parameters",
         "_native",
+        "user_code",
         "signals",
         "waiting",
         "window",
@@ -34,7 +36,7 @@ ORDER = (
         "mailboxes",
         "gossip",
     ),
-    *("exchange", "simulator_state", "environments", "networks", "stopwatch"),
+    *("exchange", "vector_env", "simulator_state", "environments", "networks", "stopwatch"),
     *("cuda_graph", "tape", "rollout", "learner", "stalls"),
     *("board", "schema", "recorder", "monitor", "checkpoint", "resume", "checkpointer"),
     *("doctor.findings", "doctor.libraries", "doctor.placement", "doctor.storage", "doctor.preflight"),

@@ -267,6 +267,26 @@ def test_the_halves_of_an_update_on_a_gpu_are_those_on_the_cpu(monkeypatch: pyte
         np.testing.assert_allclose(gpu, cpu, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [Learner, GpuLearner])
+def test_a_gradient_whose_squares_float32_cannot_hold_is_clipped_like_any_other(
+    kind: type[Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its norm would be infinite, its scale zero, and nothing would be learned for ever."""
+    monkeypatch.setattr(learner_module, "CudaGraph", Eager)
+    changes = []
+    for size in (10.0, 1e25, 1e36):
+        policy = MLPPolicy(4, (8,), 2, torch.Generator().manual_seed(1))
+        flat = FlatParameters(policy)
+        learner, before = kind(flat, LearnerConfig(), 1e-3), flat.data.clone()
+        flat.grad.copy_(size * torch.linspace(-1, 1, flat.size))
+        terms = learner._step(1e-3, measure=True)
+        assert float(terms["grad_norm"]) == pytest.approx(size * np.sqrt(flat.size / 3), rel=0.1)
+        changes.append((flat.data - before).numpy())
+    assert np.abs(changes[0]).max() > 1e-3
+    for change in changes[1:]:
+        np.testing.assert_allclose(change, changes[0], rtol=1e-3, atol=1e-6)
+
+
 def test_a_learner_on_a_gpu_refuses_what_its_graph_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     """It goes by where the rollouts of the first collector lie, and by what is there now."""
     monkeypatch.setattr(learner_module, "CudaGraph", Eager)

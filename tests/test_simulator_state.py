@@ -15,8 +15,8 @@ from gala_mpi.config import EnvironmentConfig
 from gala_mpi.environments import Simulators, Step, make_simulators
 from gala_mpi.networks import MLPPolicy
 from gala_mpi.rollout import Collector
+from gala_mpi.vector_env import SerialVectorEnv
 
-AUTORESET = {"autoreset_mode": AutoresetMode.SAME_STEP}
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 
 
@@ -70,16 +70,10 @@ def test_what_cannot_be_saved_says_so() -> None:
 
 def test_a_wrapper_with_a_state_of_its_own_is_not_half_saved() -> None:
     """Observations that are normalised by statistics that were lost would be of other values."""
-    plain = gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="sync", vector_kwargs=AUTORESET)
+    plain = SerialVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2)
     plain.reset(seed=1)
     assert simulator_state.save(plain) is not None
-    wrapped = gymnasium.make_vec(
-        "CartPole-v1",
-        2,
-        vectorization_mode="sync",
-        vector_kwargs=AUTORESET,
-        wrappers=[gymnasium.wrappers.NormalizeObservation],
-    )
+    wrapped = SerialVectorEnv([lambda: gymnasium.wrappers.NormalizeObservation(gymnasium.make("CartPole-v1"))] * 2)
     wrapped.reset(seed=1)
     assert simulator_state.save(wrapped) is None
 

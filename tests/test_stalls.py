@@ -1,4 +1,4 @@
-"""What a rank tells of a network that no longer learns."""
+"""What a rank tells of learning that has stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ import pytest
 from conftest import Mpi
 from test_training import rows
 
-from gala_mpi.stalls import MOST_ROWS, BlindnessWatch
+from gala_mpi.stalls import MOST_ROWS, StallWatch
+
+WELL = {"explained_variance": 0.5, "entropy": 0.5, "value_loss": 1.0}
+
+
+def told(column: str, values: list[float], caplog: pytest.LogCaptureFixture, actions: int = 2, **others: float) -> str:
+    """What is said of rows in which one column has these values."""
+    watch = StallWatch(record_every=1, actions=actions)
+    with caplog.at_level(logging.WARNING):
+        for update, value in enumerate(values):
+            watch.note(update, **{**WELL, **others, column: value})
+    assert len(caplog.records) <= 1
+    return caplog.text
 
 
 @pytest.mark.parametrize(
@@ -29,20 +41,42 @@ from gala_mpi.stalls import MOST_ROWS, BlindnessWatch
 def test_values_that_do_not_vary_are_told_once(
     values: list[float], warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watch = BlindnessWatch(record_every=1)
-    with caplog.at_level(logging.WARNING):
-        for update, value in enumerate(values):
-            watch.note(value, update)
-    assert len(caplog.records) == warns
-    assert not warns or "--learning-rate-scaling none" in caplog.text
+    said = told("explained_variance", values, caplog)
+    assert bool(said) == warns
+    assert not warns or "--learning-rate-scaling none" in said
+
+
+def test_returns_that_are_too_large_are_told_as_such(caplog: pytest.LogCaptureFixture) -> None:
+    """The network is well; values of a usual size explain nothing of them."""
+    said = told("explained_variance", [1e-9] * MOST_ROWS, caplog, value_loss=1e20)
+    assert "rewards are too large" in said and "1e+20" in said and "dead" not in said
+
+
+@pytest.mark.parametrize(
+    ("values", "actions", "warns"),
+    [
+        ([1e-7] * MOST_ROWS, 2, True),
+        ([0.0] * MOST_ROWS, 18, True),
+        # Sure of most, but not of all.
+        ([1e-7, 1e-2, 1e-2] * MOST_ROWS, 2, False),
+        ([1e-7] * (MOST_ROWS - 1), 2, False),
+        # There is no choice.
+        ([0.0] * 2 * MOST_ROWS, 1, False),
+    ],
+)
+def test_a_policy_without_doubts_is_told_once(
+    values: list[float], actions: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = told("entropy", values, caplog, actions)
+    assert bool(said) == warns and (not warns or "--entropy-weight" in said)
 
 
 @pytest.mark.parametrize(("record_every", "count"), [(1, 50), (10, 50), (20, 25), (1000, 10)])
 def test_it_takes_some_five_hundred_updates(record_every: int, count: int, caplog: pytest.LogCaptureFixture) -> None:
-    watch = BlindnessWatch(record_every)
+    watch = StallWatch(record_every, actions=2)
     for row in range(count):
         assert not caplog.records
-        watch.note(0.0, (row + 1) * record_every)
+        watch.note((row + 1) * record_every, **{**WELL, "explained_variance": 0.0})
     assert len(caplog.records) == 1
 
 

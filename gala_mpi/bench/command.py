@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gala_mpi import __version__, arguments
 from gala_mpi.bench.costs import DELIVERY, GLOO, PACK, Costs
 from gala_mpi.collective import on_all_ranks
-from gala_mpi.config import ConfigError, UsageError
+from gala_mpi.config import ConfigError, UsageError, at_home, reaching
 from gala_mpi.doctor import libraries, placement
 from gala_mpi.doctor.findings import FAIL, OK, in_units
 from gala_mpi.doctor.peers import Watch
@@ -63,6 +63,8 @@ class BenchOptions:
     """Seconds after which the command ends, done or not."""
 
     def __post_init__(self) -> None:
+        if self.json is not None:
+            object.__setattr__(self, "json", at_home("json", self.json))
         if not self.parameters or min(self.parameters) < 1:
             raise ConfigError("parameters", self.parameters, "numbers of at least 1")
         if self.repeats < 1:
@@ -134,7 +136,8 @@ def _check(args: Sequence[str], comm: Intracomm) -> BenchOptions:
     make_topology(options.topology, comm.size)
     path = options.json
     if comm.rank == 0 and path is not None and path != Path("-"):
-        writable = not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        with reaching("json", path):
+            writable = not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
         if not writable:
             raise ConfigError("json", str(path), "a file in a folder that can be written, or -")
     return options
@@ -221,5 +224,6 @@ def _tell(options: BenchOptions, job: Mapping[str, Any], sizes: Sequence[Mapping
     print(text, flush=True)
     if options.json is not None:
         unfinished = options.json.with_name(f".{options.json.name}.{os.getpid()}")
-        unfinished.write_text(written + "\n", "utf-8")
-        unfinished.replace(options.json)
+        with reaching("json", options.json):
+            unfinished.write_text(written + "\n", "utf-8")
+            unfinished.replace(options.json)

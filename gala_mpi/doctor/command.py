@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gala_mpi import arguments
-from gala_mpi.config import ConfigError
-from gala_mpi.doctor import libraries, storage
+from gala_mpi.config import ConfigError, at_home
+from gala_mpi.doctor import libraries
 from gala_mpi.doctor.examination import Examination
 from gala_mpi.doctor.findings import as_json, as_text, failed, merge
 from gala_mpi.doctor.peers import Peers, Watch
@@ -50,6 +50,7 @@ class DoctorOptions:
     """Print one JSON list of findings and not text."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", at_home("out", self.out))
         if self.parameters < 1:
             raise ConfigError("parameters", self.parameters, "a number of at least 1")
         if not 0 < self.deadline_s < float("inf"):
@@ -71,9 +72,6 @@ def start_watch(args: Sequence[str]) -> Watch:
     deadline_s = _deadline_s(args)
     launched = libraries.launch(os.environ)
     rank = launched.rank or 0
-    small = storage.too_small_to_start(storage.room(storage.SHARED_MEMORY), libraries.ranks_here(launched, os.environ))
-    if rank == 0 and small:
-        print(f"gala-mpi doctor: warning: {small}", file=sys.stderr, flush=True)
     # The traceback is rank 0's word when its watch cannot speak; the others need none.
     where = sys.stderr if rank == 0 else Path(os.devnull).open("w")  # noqa: SIM115 - open to the process's end
     faulthandler.dump_traceback_later(deadline_s + LAST_RESORT_S, exit=True, file=where)

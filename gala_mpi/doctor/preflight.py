@@ -26,7 +26,8 @@ def ruinous(comm: Intracomm, nbytes_needed_per_rank: int, out: Path | None, libr
     """
     here = placed(platform.node(), os.environ)
     found = room(SHARED_MEMORY)
-    shown = out is None or out.is_dir()
+    # Path's own is_dir raises where a folder above may not be entered.
+    shown = out is None or os.path.isdir(out)  # noqa: PTH112
     facts = comm.allgather((here, found, nbytes_needed_per_rank, shown, out and room(out)))
     places = [fact[0] for fact in facts]
     launcher = launch(os.environ)

@@ -76,6 +76,31 @@ def too_small_to_start(found: Room | None, ranks: int) -> str:
     return f"{free}: MPI may crash as it starts {ranks} ranks; fix: {_enlarge(need, found.total - found.free, '')}"
 
 
+def way_barred(pid: int) -> str:
+    """What keeps MPICH from starting this process without a launcher, in one line; empty if nothing does.
+
+    It names its shared memory by the process number alone. What a killed run left under that number makes it wait for
+    ever, if it is this user's, and end else. What can be removed is: a process that still has it mapped needs no name.
+    """
+    for path in SHARED_MEMORY.glob(f"mpich_shm_{pid:x}_*"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            return (
+                f"{path} of {_owner(path)}, left by a run that was killed, has the name that MPICH takes for this "
+                f"process ({pid}), and cannot be removed ({error.strerror}): MPICH will not start; what helps: start "
+                "again (the number is another one then), by mpirun -n 1, or have its owner remove it"
+            )
+    return ""
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except (OSError, KeyError):
+        return "another user"
+
+
 def _enlarge(need: int, used: int, library: str) -> str:
     """How to make room for `need` bytes beside what is `used` already, by MPI's own queues among others."""
     size = f"{-(-int(used + need / TIGHT) // 2**20)}m"

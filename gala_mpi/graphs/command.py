@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gala_mpi import arguments
-from gala_mpi.config import ConfigError
+from gala_mpi.config import ConfigError, at_home
 from gala_mpi.graphs.measures import DENSE_LIMIT, GraphMeasures, measure
 from gala_mpi.topology import Topology, make_topology
 
@@ -49,6 +49,8 @@ class TopologyOptions:
     """Print JSON instead of text, with every edge: [source, target, weight]."""
 
     def __post_init__(self) -> None:
+        if self.draw is not None:
+            object.__setattr__(self, "draw", at_home("draw", self.draw))
         if not 1 <= self.size <= MOST_RANKS:
             raise ConfigError("size", self.size, f"a number of ranks from 1 to {MOST_RANKS}")
         if self.ranks_per_node is not None and self.ranks_per_node < 1:

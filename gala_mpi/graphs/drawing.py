@@ -6,6 +6,7 @@ Needs matplotlib and networkx, which training does not.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ def draw(topology: Topology, nodes: Sequence[str], path: Path) -> None:
     Raises UsageError if matplotlib is missing, and ConfigError if there are too many edges or the file cannot
     be written.
     """
+    # A notebook's session leaves one in the environment on which the import fails.
+    os.environ["MPLBACKEND"] = "Agg"
     try:
         import networkx as nx
         from matplotlib.figure import Figure
