@@ -39,18 +39,18 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from test_checkpoint import FACTS, TENSORS, WHOLE  # noqa: E402
 
-from gala_mpi import lease  # noqa: E402
-from gala_mpi.checkpoint import Checkpoint, CheckpointError, Facts, decode, encode  # noqa: E402
-from gala_mpi.checkpointer import Checkpointer, Identity, expect  # noqa: E402
 from gala_mpi.config import ConfigError, EnvironmentConfig, RecordConfig, load_preset, read_config  # noqa: E402
-from gala_mpi.environments import Episode, make_simulators  # noqa: E402
-from gala_mpi.lease import LEASE_FILE, LeaseError, check_free  # noqa: E402
-from gala_mpi.networks import MLPPolicy  # noqa: E402
-from gala_mpi.parameters import FlatParameters  # noqa: E402
-from gala_mpi.resume import Resumption  # noqa: E402
-from gala_mpi.rollout import Collector  # noqa: E402
-from gala_mpi.run_folder import as_toml, run_id_of, segments  # noqa: E402
+from gala_mpi.gossip.parameters import FlatParameters  # noqa: E402
+from gala_mpi.learning.environments import Episode, make_simulators  # noqa: E402
+from gala_mpi.learning.networks import MLPPolicy  # noqa: E402
+from gala_mpi.learning.rollout import Collector  # noqa: E402
 from gala_mpi.stopwatch import Stopwatch  # noqa: E402
+from gala_mpi.storage import lease  # noqa: E402
+from gala_mpi.storage.checkpoint import Checkpoint, CheckpointError, Facts, decode, encode  # noqa: E402
+from gala_mpi.storage.lease import LEASE_FILE, LeaseError, check_free  # noqa: E402
+from gala_mpi.storage.resume import Resumption  # noqa: E402
+from gala_mpi.storage.run_folder import as_toml, run_id_of, segments  # noqa: E402
+from gala_mpi.train.checkpointer import Checkpointer, Identity, expect  # noqa: E402
 
 MEMORY_BYTES = 8 * 2**30
 EXTREME = (
@@ -328,8 +328,8 @@ def try_files(seed: int, whole: bytes, folder: str) -> list[str]:
 
 def whole_file(folder: Path) -> bytes:
     """A valid file of a rank, with rows in every table."""
-    from gala_mpi.recorder import Recorder
-    from gala_mpi.schema import TABLES
+    from gala_mpi.storage.recorder import Recorder
+    from gala_mpi.storage.schema import TABLES
 
     path = folder / "whole.h5"
     about = {"run_id": "a", "rank": 0, "size": 1, "env_id": "Task-v0", "config": {}, "t0": 0.0}

@@ -43,7 +43,8 @@ EXCHANGES = ("none", "gossip", "allreduce")
 # The last rank spins; pauses are drawn by every rank.
 HELD_UP = """
 import random, sys, time
-from gala_mpi import cli, agent
+from gala_mpi import cli
+from gala_mpi.train import agent
 from mpi4py import MPI
 factor, pause_s, pause_share = map(float, sys.argv[1:4])
 last = MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1
@@ -69,7 +70,7 @@ sys.exit(cli.train(sys.argv[4:]))
 """
 SIMULATED_UPDATES = 400
 # The courier looks at a message when it is waiting, when it has arrived, and when it is published. The pause between
-# two looks is SLEEP_S of gala_mpi.courier, which is not imported, as that starts MPI, and so do the runs.
+# two looks is SLEEP_S of gala_mpi.gossip.courier, which is not imported, as that starts MPI, and so do the runs.
 LOOKS, SLEEP_S = 3, 0.002
 
 

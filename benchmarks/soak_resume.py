@@ -36,7 +36,7 @@ from conftest import MPIS, Mpi, finish, kill, rank_process  # noqa: E402
 from learning_curves import curve  # noqa: E402
 from runs import RunError, read_run  # noqa: E402
 
-from gala_mpi.checkpoint import BEST, CheckpointError, CheckpointFolder, ranks_with_checkpoints, read  # noqa: E402
+from gala_mpi.storage.checkpoint import BEST, CheckpointError, CheckpointFolder, ranks_with_checkpoints, read  # noqa: E402
 
 RANKS = 4
 FLUSH_S, CHECKPOINT_S = 0.5, 1.0

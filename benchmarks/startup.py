@@ -30,7 +30,8 @@ from scaling import launcher
 STARTED = """
 import json, sys, time
 begin = time.perf_counter()
-from gala_mpi import cli, agent
+from gala_mpi import cli
+from gala_mpi.train import agent
 imports_s = time.perf_counter() - begin
 make = agent.make_simulators
 def timed(*args):

@@ -83,7 +83,7 @@ def run_peer(game: str, simulators: int, seconds: float, processes: int) -> floa
     from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 
-    from gala_mpi.networks import AtariPolicy
+    from gala_mpi.learning.networks import AtariPolicy
 
     gymnasium.register_envs(ale_py)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -142,7 +142,7 @@ def run_emulator(game: str, simulators: int, seconds: float) -> float:
     import numpy as np
 
     from gala_mpi.config import EnvironmentConfig
-    from gala_mpi.environments import make_simulators
+    from gala_mpi.learning.environments import make_simulators
 
     made = make_simulators(EnvironmentConfig(env=game, simulators=simulators, frame_skip=FRAME_SKIP), 1)
     rng, steps = np.random.default_rng(0), 0
@@ -175,8 +175,8 @@ def operations(game: str) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from gala_mpi.config import EnvironmentConfig
-    from gala_mpi.environments import make_simulators
-    from gala_mpi.networks import AtariPolicy
+    from gala_mpi.learning.environments import make_simulators
+    from gala_mpi.learning.networks import AtariPolicy
 
     made = make_simulators(EnvironmentConfig(env=game, simulators=1), 1)
     policy = AtariPolicy(made.actions, torch.Generator())

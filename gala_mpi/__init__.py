@@ -1,27 +1,46 @@
 """Actor-learners that average their policies by asynchronous gossip over one-sided MPI.
 
-`gala_mpi.Gossip` gossips any PyTorch training loop. Importing this package initialises no MPI, seeds nothing and
-starts no thread; using `Gossip` imports torch, and `mpi4py.MPI`, which initialises MPI.
+`gala_mpi.Gossip` gossips any PyTorch training loop. What is named here is public; all else may change in any version.
+Importing this package initialises no MPI, seeds nothing and starts no thread; using `Gossip` imports torch, and
+`mpi4py.MPI`, which initialises MPI.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gala_mpi.collective import DisagreementError
-    from gala_mpi.gossip import DivergedError, Gossip
+    from gala_mpi.config import ConfigError
+    from gala_mpi.gossip.gossip import DivergedError, Gossip
+    from gala_mpi.gossip.topology import Topology, make_topology
+    from gala_mpi.mpi.collective import DisagreementError
 
 __version__ = "0.1.0"
-__all__ = ["DisagreementError", "DivergedError", "Gossip", "__version__"]
+__all__ = [
+    "ConfigError",
+    "DisagreementError",
+    "DivergedError",
+    "Gossip",
+    "Topology",
+    "__version__",
+    "make_topology",
+]
+# Loaded when it is first asked for: a topology needs neither torch nor MPI.
+_HOME = {
+    "ConfigError": "config",
+    "DisagreementError": "mpi.collective",
+    "DivergedError": "gossip.gossip",
+    "Gossip": "gossip.gossip",
+    "Topology": "gossip.topology",
+    "make_topology": "gossip.topology",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gala_mpi import collective, gossip
-
-    return getattr(collective if name == "DisagreementError" else gossip, name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from gala_mpi import __version__, output
-from gala_mpi.collective import RankFailureError
 from gala_mpi.config import UsageError
 from gala_mpi.exit_codes import EXIT_CONFIG, EXIT_ERROR, EXIT_OK
-from gala_mpi.signals import StopRequest, heard_by
+from gala_mpi.mpi.collective import RankFailureError
+from gala_mpi.train.signals import StopRequest, heard_by
 from gala_mpi.user_code import tell
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def train(args: list[str]) -> int:
     stop = StopRequest()
 
     def run(comm: MPI.Intracomm) -> int:
-        from gala_mpi import train_command
+        from gala_mpi.train import command as train_command
 
         return train_command.run(args, comm, stop)
 
@@ -143,7 +143,7 @@ def refuse(error: UsageError) -> int:
 
 def train_help(args: list[str]) -> str:
     """What `gala-mpi train --help` prints, with the defaults of the preset that `args` name."""
-    from gala_mpi import train_command
+    from gala_mpi.train import command as train_command
 
     return train_command.help_text(args)
 

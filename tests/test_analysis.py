@@ -15,8 +15,8 @@ import pytest
 
 from gala_mpi import _native
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder
-from gala_mpi.run_folder import rank_file
+from gala_mpi.storage.recorder import Recorder
+from gala_mpi.storage.run_folder import rank_file
 
 ANALYSIS = Path(__file__).resolve().parent.parent / "analysis"
 DIMENSION = 4

@@ -25,8 +25,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from gala_mpi import checkpoint, files
-from gala_mpi.checkpoint import (
+from gala_mpi import files
+from gala_mpi.learning.environments import Episode
+from gala_mpi.storage import checkpoint
+from gala_mpi.storage.checkpoint import (
     BEST,
     CheckpointError,
     CheckpointFolder,
@@ -37,8 +39,7 @@ from gala_mpi.checkpoint import (
     ranks_with_checkpoints,
     read,
 )
-from gala_mpi.checkpointer import ENOUGH_EPISODES, Checkpointer, Identity
-from gala_mpi.environments import Episode
+from gala_mpi.train.checkpointer import ENOUGH_EPISODES, Checkpointer, Identity
 
 FACTS = Facts(
     run_id="f" * 32,
@@ -381,10 +382,10 @@ import sys
 from pathlib import Path
 import numpy as np
 from dataclasses import replace
-from gala_mpi.checkpoint import CheckpointFolder, read
+from gala_mpi.storage.checkpoint import CheckpointFolder, read
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder
-from gala_mpi.run_folder import rank_file
+from gala_mpi.storage.recorder import Recorder
+from gala_mpi.storage.run_folder import rank_file
 run, segment = Path(sys.argv[1]), int(sys.argv[2])
 facts = replace(read(run / "facts.safetensors", 10**6).facts, segment=segment)
 recorder = Recorder(rank_file(run, 0, segment), {"segment": segment}, RecordConfig(), 1)
@@ -405,7 +406,7 @@ def test_killed_a_hundred_times_at_random_instants_all_files_can_be_read(tmp_pat
     """What a line on the pipe said was done is there: rows and checkpoint of that number, or of a later one."""
     import h5py
 
-    from gala_mpi.run_folder import rank_file
+    from gala_mpi.storage.run_folder import rank_file
 
     program = tmp_path / "writer.py"
     program.write_text(WRITER)

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, Mpi, finish, rank_process
 
 from gala_mpi import cli
-from gala_mpi.checkpoint import CheckpointFolder, read
+from gala_mpi.storage.checkpoint import CheckpointFolder, read
 
 COMMAND = ("-m", "gala_mpi", "train", "--preset", "cartpole")
 
@@ -143,7 +143,8 @@ def test_version(one_mpi: Mpi) -> None:
 
 RAISES = """
 import sys
-from gala_mpi import cli, rollout
+from gala_mpi import cli
+from gala_mpi.learning import rollout
 from mpi4py import MPI
 collect, calls = rollout.Collector.collect, []
 def failing(self):
@@ -232,7 +233,8 @@ def test_a_signal_to_the_launcher_ends_all_with_closed_files(mpi: Mpi, number: s
 
 SLOW_UPDATES = """
 import sys, time
-from gala_mpi import agent, cli
+from gala_mpi import cli
+from gala_mpi.train import agent
 update = agent.Agent._one_update
 def slow(self):
     update(self)
@@ -287,7 +289,8 @@ def listens(pid: int, number: signal.Signals) -> bool:
 
 STUCK = """
 import ctypes, sys, time
-from gala_mpi import cli, rollout
+from gala_mpi import cli
+from gala_mpi.learning import rollout
 where = sys.argv.pop(1)
 collect, calls = rollout.Collector.collect, []
 def slow(self):
@@ -329,7 +332,7 @@ def test_a_second_signal_ends_a_run_at_once_with_files_that_can_be_read(where: s
 
 FORKS = """
 import os, signal, time
-from gala_mpi.signals import StopRequest, heard_by
+from gala_mpi.train.signals import StopRequest, heard_by
 stop = StopRequest()
 with heard_by(stop):
     for _ in range(2):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gala_mpi import train_command
 from gala_mpi.config import ConfigError, TrainConfig, UsageError, load_preset, preset_names, read_config
-from gala_mpi.run_folder import as_toml
-from gala_mpi.topology import make_topology
+from gala_mpi.gossip.topology import make_topology
+from gala_mpi.storage.run_folder import as_toml
+from gala_mpi.train import command as train_command
 
 
 @pytest.mark.parametrize("preset", ["gala-atari", "cartpole"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import Mpi
 
-from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, read
-from gala_mpi.run_folder import rank_file
+from gala_mpi.storage.checkpoint import Checkpoint, CheckpointFolder, read
+from gala_mpi.storage.run_folder import rank_file
 
 TRAIN = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--total-steps", "12_800")
 

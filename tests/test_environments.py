@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scripted import ScriptedEnv, vector
 
 from gala_mpi.config import ConfigError, EnvironmentConfig
-from gala_mpi.environments import Episode, SimulatorError, Simulators, Step, check_environment, make_simulators
+from gala_mpi.learning.environments import Episode, SimulatorError, Simulators, Step, check_environment, make_simulators
 
 NEXT, SAME = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 MODES = pytest.mark.parametrize("mode", [NEXT, SAME])

@@ -23,11 +23,11 @@ import pytest
 from conftest import Mpi, finish
 from test_cli import assert_closed
 
-from gala_mpi.checkpoint import CheckpointError, CheckpointFolder, read
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder
-from gala_mpi.run_folder import rank_file
-from gala_mpi.waiting import wait_until
+from gala_mpi.mpi.waiting import wait_until
+from gala_mpi.storage.checkpoint import CheckpointError, CheckpointFolder, read
+from gala_mpi.storage.recorder import Recorder
+from gala_mpi.storage.run_folder import rank_file
 
 TRAIN = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--record-every", "1", "--flush-every-s", "0.2")
 LONG = ("--total-steps", "100_000_000")
@@ -37,7 +37,8 @@ FAULTY = """
 import os, shutil, sys, time
 import numpy as np
 from mpi4py import MPI
-from gala_mpi import cli, environments
+from gala_mpi import cli
+from gala_mpi.learning import environments
 step, calls, wall = environments.Simulators.step, [], time.time
 fault = sys.argv.pop(1)
 class Broken:
@@ -265,7 +266,7 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder
+from gala_mpi.storage.recorder import Recorder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path, limit = Path(sys.argv[1]), int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -307,7 +308,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder
+from gala_mpi.storage.recorder import Recorder
 recorder, count = Recorder(Path(sys.argv[1]), {}, RecordConfig(), 1), 0
 print("ready", flush=True)
 for line in sys.stdin:

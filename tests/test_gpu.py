@@ -14,12 +14,12 @@ from test_determinism import check_same
 from test_resume import CARTPOLE, assert_goes_on_to_the_bit, assert_same_parameters, newest, resume
 
 from gala_mpi.config import EnvironmentConfig, LearnerConfig
-from gala_mpi.environments import make_simulators
-from gala_mpi.learner import GpuLearner, actor_critic_loss
-from gala_mpi.networks import AtariPolicy
-from gala_mpi.parameters import FlatParameters
-from gala_mpi.rollout import Collector
-from gala_mpi.tape import Tape
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.learning.environments import make_simulators
+from gala_mpi.learning.learner import GpuLearner, actor_critic_loss
+from gala_mpi.learning.networks import AtariPolicy
+from gala_mpi.learning.rollout import Collector
+from gala_mpi.learning.tape import Tape
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch can use no GPU here")
 

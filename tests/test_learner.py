@@ -14,13 +14,13 @@ from scripted import vector
 from test_environments import LIVES, TERMINATES, TRUNCATES
 from test_rollout import rollout_of
 
-from gala_mpi import learner as learner_module
 from gala_mpi.config import EnvironmentConfig, LearnerConfig
-from gala_mpi.environments import Simulators, make_simulators
-from gala_mpi.learner import GpuLearner, Learner, actor_critic_loss
-from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
-from gala_mpi.parameters import FlatParameters
-from gala_mpi.rollout import Collector, Rollout
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.learning import learner as learner_module
+from gala_mpi.learning.environments import Simulators, make_simulators
+from gala_mpi.learning.learner import GpuLearner, Learner, actor_critic_loss
+from gala_mpi.learning.networks import AtariPolicy, MLPPolicy, Policy
+from gala_mpi.learning.rollout import Collector, Rollout
 
 CONFIG = LearnerConfig(gamma=0.5, value_weight=0.25, entropy_weight=0.1)
 

@@ -43,8 +43,8 @@ def test_the_package_offers_it_without_importing_anything_before_it_is_used() ->
         "import mpi4py\n"
         "mpi4py.rc.initialize = False\n"
         "from gala_mpi import DisagreementError, DivergedError, Gossip\n"
-        "import gala_mpi.gossip\n"
-        "assert Gossip is gala_mpi.gossip.Gossip and issubclass(DisagreementError, ValueError)\n"
+        "import gala_mpi.gossip.gossip\n"
+        "assert Gossip is gala_mpi.gossip.gossip.Gossip and issubclass(DisagreementError, ValueError)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn import functional
 
-from gala_mpi.networks import AtariPolicy, MLPPolicy
+from gala_mpi.learning.networks import AtariPolicy, MLPPolicy
 
 
 def generator(seed: int = 1) -> torch.Generator:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gala_mpi.networks import AtariPolicy, MLPPolicy
-from gala_mpi.parameters import FlatParameters
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.learning.networks import AtariPolicy, MLPPolicy
 
 
 def test_values_are_kept_and_live_in_the_buffer() -> None:

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder
-from gala_mpi.run_folder import rank_file
-from gala_mpi.schema import TABLES
+from gala_mpi.storage.recorder import Recorder
+from gala_mpi.storage.run_folder import rank_file
+from gala_mpi.storage.schema import TABLES
 
 WRITER = """
 import sys, time
 from pathlib import Path
 from gala_mpi.config import RecordConfig
-from gala_mpi.recorder import Recorder
+from gala_mpi.storage.recorder import Recorder
 config = RecordConfig(flush_every_s=0.2, sketch_dimension=8)
 recorder = Recorder(Path(sys.argv[1]), {"run_id": "x"}, config, seed=1)
 n = 0

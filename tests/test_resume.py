@@ -20,11 +20,11 @@ import pytest
 from conftest import MPIS, ROOT, Mpi, finish, kill, rank_process
 from test_cli import start_long_run
 
-from gala_mpi import lease, run_folder
-from gala_mpi.checkpoint import Checkpoint, CheckpointFolder, encode, ranks_with_checkpoints, read
 from gala_mpi.config import ConfigError
-from gala_mpi.resume import _Found, _shares
-from gala_mpi.run_folder import _reopen, saved_config
+from gala_mpi.storage import lease, run_folder
+from gala_mpi.storage.checkpoint import Checkpoint, CheckpointFolder, encode, ranks_with_checkpoints, read
+from gala_mpi.storage.resume import _Found, _shares
+from gala_mpi.storage.run_folder import _reopen, saved_config
 
 sys.path.insert(0, str(ROOT / "analysis"))
 from learning_curves import curve, seams
@@ -73,7 +73,8 @@ def resume(mpi: Mpi, run: Path, size: int, *args: str, timeout_s: float = 120) -
 # The last rank asks for the end after an update of a given number.
 STOPS = """
 import sys
-from gala_mpi import agent, cli
+from gala_mpi import cli
+from gala_mpi.train import agent
 number, train = int(sys.argv.pop(1)), agent.Agent.train
 def stopping(self, stop):
     last = self._comm.rank == self._comm.size - 1
@@ -218,7 +219,8 @@ def test_a_curve_over_the_seam_shows_no_dip(one_mpi: Mpi, tmp_path: Path) -> Non
 # Each rank writes down every update when it is done, at once.
 NOTES = """
 import os, sys
-from gala_mpi import agent, cli
+from gala_mpi import cli
+from gala_mpi.train import agent
 folder, train = sys.argv.pop(1), agent.Agent.train
 def noting(self, stop):
     notes = os.open(f"{folder}/{self._comm.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -535,7 +537,7 @@ def test_a_run_that_could_write_no_checkpoint_is_gone_on_with(one_mpi: Mpi, tmp_
     run = tmp_path / "run"
     program = (
         "import errno, sys\n"
-        "from gala_mpi import cli, checkpoint\n"
+        "from gala_mpi import cli; from gala_mpi.storage import checkpoint\n"
         "def full(*args, **more): raise OSError(errno.ENOSPC, 'full')\n"
         "checkpoint.CheckpointFolder.save = full\n"
         "sys.exit(cli.train(sys.argv[1:]))\n"

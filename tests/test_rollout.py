@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scripted import vector
 from test_environments import LIVES, MODES, TERMINATES, TRUNCATES
 
-from gala_mpi.environments import Episode, Simulators
-from gala_mpi.networks import MLPPolicy
-from gala_mpi.rollout import Collector, Rollout, n_step_returns
+from gala_mpi.learning.environments import Episode, Simulators
+from gala_mpi.learning.networks import MLPPolicy
+from gala_mpi.learning.rollout import Collector, Rollout, n_step_returns
 
 
 def rollout_of(

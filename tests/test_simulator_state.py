@@ -10,12 +10,12 @@ from gymnasium.vector import AutoresetMode
 from scripted import vector
 from test_environments import TERMINATES
 
-from gala_mpi import simulator_state
 from gala_mpi.config import EnvironmentConfig
-from gala_mpi.environments import Simulators, Step, make_simulators
-from gala_mpi.networks import MLPPolicy
-from gala_mpi.rollout import Collector
-from gala_mpi.vector_env import SerialVectorEnv
+from gala_mpi.learning import simulator_state
+from gala_mpi.learning.environments import Simulators, Step, make_simulators
+from gala_mpi.learning.networks import MLPPolicy
+from gala_mpi.learning.rollout import Collector
+from gala_mpi.learning.vector_env import SerialVectorEnv
 
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 

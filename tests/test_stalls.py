@@ -10,7 +10,7 @@ import pytest
 from conftest import Mpi
 from test_training import rows
 
-from gala_mpi.stalls import MOST_ROWS, StallWatch
+from gala_mpi.learning.stalls import MOST_ROWS, StallWatch
 
 WELL = {"explained_variance": 0.5, "entropy": 0.5, "value_loss": 1.0}
 

@@ -16,8 +16,8 @@ from test_analysis import episode, run_script, write_rank
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fuzz
 
-from gala_mpi import lease
-from gala_mpi.run_folder import rank_file
+from gala_mpi.storage import lease
+from gala_mpi.storage.run_folder import rank_file
 
 
 def make_run(folder: Path) -> Path:

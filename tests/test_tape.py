@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
-from gala_mpi.parameters import FlatParameters
-from gala_mpi.tape import Tape
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.learning.networks import AtariPolicy, MLPPolicy, Policy
+from gala_mpi.learning.tape import Tape
 
 STEPS, COUNT = 3, 4
 

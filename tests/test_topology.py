@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gala_mpi.config import ConfigError
+from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology
 from gala_mpi.graphs.measures import diameter, is_doubly_stochastic, measure, spectral_gap
-from gala_mpi.topology import TOPOLOGIES, Topology, make_topology
 
 
 @st.composite

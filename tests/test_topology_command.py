@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gala_mpi.config import UsageError
+from gala_mpi.gossip.topology import TOPOLOGIES
 from gala_mpi.graphs import command as topology_report
-from gala_mpi.topology import TOPOLOGIES
 
 
 def command(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -116,7 +116,7 @@ def test_a_missing_matplotlib_is_named_with_its_remedy(monkeypatch: pytest.Monke
     ("code", "absent"),
     [
         ("import gala_mpi.cli as c; c.topology(['torus', '--size', '4'])", "torch mpi4py.MPI networkx matplotlib"),
-        ("import gala_mpi.agent", "networkx matplotlib gala_mpi.graphs.measures"),
+        ("import gala_mpi.train.agent", "networkx matplotlib gala_mpi.graphs.measures"),
     ],
     ids=["the command", "training"],
 )

@@ -126,7 +126,8 @@ def test_zero_staleness_mixes_at_every_update(mpi: Mpi, tmp_path: Path) -> None:
 
 SLOW = """
 import sys, time
-from gala_mpi import cli, rollout
+from gala_mpi import cli
+from gala_mpi.learning import rollout
 from mpi4py import MPI
 collect = rollout.Collector.collect
 def slow(self):
@@ -173,7 +174,8 @@ def test_every_rank_ends_when_one_is_ten_times_slower(
 
 SILENT = """
 import sys, time
-from gala_mpi import cli, rollout
+from gala_mpi import cli
+from gala_mpi.learning import rollout
 from mpi4py import MPI
 collect, calls = rollout.Collector.collect, []
 def silent(self):

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, Mpi, finish, rank_process
 from test_cli import assert_closed
 
-from gala_mpi.checkpoint import CheckpointFolder, read
+from gala_mpi.storage.checkpoint import CheckpointFolder, read
 from gala_mpi.user_code import EndedProgramError, summary, tell, user_code
 
 TRAIN = ("-m", "gala_mpi", "train", "--env", "tasks:Task-v0", "--simulators", "4")

@@ -11,9 +11,9 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from gala_mpi.environments import SimulatorError, Simulators
+from gala_mpi.learning.environments import SimulatorError, Simulators
+from gala_mpi.learning.vector_env import SerialVectorEnv, check_spaces
 from gala_mpi.user_code import EndedProgramError
-from gala_mpi.vector_env import SerialVectorEnv, check_spaces
 
 
 class Task(gymnasium.Env[Any, Any]):

@@ -11,7 +11,7 @@ import pytest
 
 PROGRAM = """
 import ctypes, sys, time
-from gala_mpi import waiting
+from gala_mpi.mpi import waiting
 waiting.LOCKED_FOR_S = 1.0
 watchdog = waiting.Watchdog("[0/1]")
 with watchdog.limit(1.0, "stuck"):

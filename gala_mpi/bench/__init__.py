@@ -1,1 +1,4 @@
-"""What `gala-mpi bench` measures: the cost of an exchange, beside memory and all-reduces."""
+"""The command `gala-mpi bench`: what an exchange costs on this transport.
+
+Imports `doctor` and the packages below; imported by `cli` alone. Entry point: `command.run`.
+"""

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gala_mpi import __version__, arguments
 from gala_mpi.bench.costs import DELIVERY, GLOO, PACK, Costs
-from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, UsageError, at_home, reaching
 from gala_mpi.doctor import libraries, placement
 from gala_mpi.doctor.findings import FAIL, OK, in_units
 from gala_mpi.doctor.peers import Watch
 from gala_mpi.exit_codes import EXIT_CONFIG
-from gala_mpi.topology import make_topology
+from gala_mpi.gossip.topology import make_topology
+from gala_mpi.mpi.collective import on_all_ranks
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -108,7 +108,7 @@ def run(args: Sequence[str], comm: Intracomm, watch: Watch) -> int:
     from gala_mpi.bench import cost_table
     from gala_mpi.bench.gloo import Gloo
     from gala_mpi.doctor.examination import own_facts
-    from gala_mpi.window import node_leaders
+    from gala_mpi.mpi.window import node_leaders
 
     library = own_facts().library
     places = _preflight(options, comm, library)
@@ -146,7 +146,7 @@ def _check(args: Sequence[str], comm: Intracomm) -> BenchOptions:
 def _preflight(options: BenchOptions, comm: Intracomm, library: str) -> list[placement.Placed]:
     """Where all ranks run. Raises UsageError where windows cannot be had. Collective."""
     from gala_mpi.doctor.preflight import ruinous
-    from gala_mpi.mailbox import lay_out
+    from gala_mpi.gossip.mailbox import lay_out
 
     largest = 4 * max(options.parameters)
     sources = make_topology(options.topology, comm.size).in_edges[comm.rank]

@@ -47,11 +47,11 @@ from gala_mpi.bench.costs import (
     over_ranks,
 )
 from gala_mpi.bench.gloo import Gloo
-from gala_mpi.courier import Courier
-from gala_mpi.gossip import Gossip
-from gala_mpi.mailbox import Message, lay_out
-from gala_mpi.parameters import FlatParameters
-from gala_mpi.window import Window
+from gala_mpi.gossip.courier import Courier
+from gala_mpi.gossip.gossip import Gossip
+from gala_mpi.gossip.mailbox import Message, lay_out
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.mpi.window import Window
 
 if TYPE_CHECKING:
     from gala_mpi.doctor.peers import Watch

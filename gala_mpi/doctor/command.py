@@ -22,7 +22,7 @@ from gala_mpi.doctor.examination import Examination
 from gala_mpi.doctor.findings import as_json, as_text, failed, merge
 from gala_mpi.doctor.peers import Peers, Watch
 from gala_mpi.exit_codes import EXIT_ERROR, EXIT_OK
-from gala_mpi.topology import make_topology
+from gala_mpi.gossip.topology import make_topology
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

@@ -218,7 +218,7 @@ def versions(found: Sequence[dict[str, str]]) -> list[Finding]:
 
 def need_bytes(parameters: int, edges: Sequence[links.Edge], ranks: Sequence[int]) -> list[int]:
     """Bytes of the windows of `ranks`: three slots of float32 parameters for each in-neighbour."""
-    from gala_mpi.mailbox import lay_out
+    from gala_mpi.gossip.mailbox import lay_out
 
     in_degrees = Counter(target for _, target in edges)
     return [lay_out([4 * parameters] * in_degrees[rank])[1] for rank in ranks]

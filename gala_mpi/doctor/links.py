@@ -19,7 +19,7 @@ from gala_mpi.doctor.findings import Finding, in_units
 from gala_mpi.doctor.peers import Peers
 
 if TYPE_CHECKING:
-    from gala_mpi.window import Window
+    from gala_mpi.mpi.window import Window
 
 # In the window: a control word, and on the next page the payload.
 WORD_AT, PAYLOAD_AT = 0, 4096
@@ -113,7 +113,7 @@ def measure(peers: Peers, rounds: Sequence[Sequence[Edge]], threaded: bool) -> M
     Without threads in MPI a link that does not answer can be ended by the watch only.
     """
     # Not at the top: what is pure here can be had without MPI.
-    from gala_mpi.window import Window
+    from gala_mpi.mpi.window import Window
 
     rank = peers.comm.rank
     links: list[Link] = []

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gala_mpi.exit_codes import EXIT_ERROR
-from gala_mpi.waiting import wait_until
+from gala_mpi.mpi.waiting import wait_until
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request

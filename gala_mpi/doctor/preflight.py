@@ -11,7 +11,7 @@ from gala_mpi.doctor.findings import FAIL, OK, Finding, merge
 from gala_mpi.doctor.libraries import launch, singletons, window_model
 from gala_mpi.doctor.placement import on_one_core, placed
 from gala_mpi.doctor.storage import SHARED_MEMORY, judge_room, room, shared_memory
-from gala_mpi.window import WORD_BYTES, Window
+from gala_mpi.mpi.window import WORD_BYTES, Window
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

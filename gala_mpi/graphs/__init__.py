@@ -1,1 +1,4 @@
-"""What `gala-mpi topology` tells of a topology: measures and drawings."""
+"""The command `gala-mpi topology`: measures and drawings of graphs. No MPI.
+
+Imports `gossip.topology` and the ground; imported by `cli` alone. Entry point: `command.report`.
+"""

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from gala_mpi import arguments
 from gala_mpi.config import ConfigError, at_home
+from gala_mpi.gossip.topology import Topology, make_topology
 from gala_mpi.graphs.measures import DENSE_LIMIT, GraphMeasures, measure
-from gala_mpi.topology import Topology, make_topology
 
 DESCRIPTION = "Show who sends to whom: gala-mpi topology hierarchical --size 16 --ranks-per-node 4 --draw graph.png"
 MOST_RANKS = 4096

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gala_mpi.config import ConfigError, UsageError
-from gala_mpi.topology import HIERARCHICAL, Topology
+from gala_mpi.gossip.topology import HIERARCHICAL, Topology
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gala_mpi.topology import Topology
+from gala_mpi.gossip.topology import Topology
 
 # Eigenvalues of 2048 ranks take 3 s on two cores, and eight times as long for twice as many.
 DENSE_LIMIT = 2048

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from gala_mpi.courier import BackgroundOutbox, Snapshot
-from gala_mpi.mailbox import FRESH, HEADER, Inbox, Message, Outbox, Place
-from gala_mpi.waiting import wait_until
-from gala_mpi.window import Window
+from gala_mpi.gossip.courier import BackgroundOutbox, Snapshot
+from gala_mpi.gossip.mailbox import FRESH, HEADER, Inbox, Message, Outbox, Place
+from gala_mpi.mpi.waiting import wait_until
+from gala_mpi.mpi.window import Window
 
 
 class KeepsItsSlot(Outbox):

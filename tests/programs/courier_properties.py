@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from mpi4py import MPI
 
-from gala_mpi import courier as couriers
-from gala_mpi.courier import BackgroundOutbox, Courier
-from gala_mpi.mailbox import FRESH, HEADER, lay_out
-from gala_mpi.window import MpiError
+from gala_mpi.gossip import courier as couriers
+from gala_mpi.gossip.courier import BackgroundOutbox, Courier
+from gala_mpi.gossip.mailbox import FRESH, HEADER, lay_out
+from gala_mpi.mpi.window import MpiError
 
 CAPACITY = 8192
 (PLACE,), NBYTES = lay_out([CAPACITY])

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 mpi4py.rc.initialize = False
 
-from gala_mpi.mailbox import CACHE_LINE_BYTES, HEADER, SLOTS, lay_out  # noqa: E402
-from gala_mpi.window import PAGE_BYTES, WORD_BYTES  # noqa: E402
+from gala_mpi.gossip.mailbox import CACHE_LINE_BYTES, HEADER, SLOTS, lay_out  # noqa: E402
+from gala_mpi.mpi.window import PAGE_BYTES, WORD_BYTES  # noqa: E402
 
 EDGES = (0, 1, 64, 4032, 4033, 4095, 4096, 4097, 8192)
 

@@ -21,7 +21,7 @@ from mpi4py import MPI
 from torch import nn
 
 import gala_mpi
-from gala_mpi.topology import Topology, make_topology
+from gala_mpi.gossip.topology import Topology, make_topology
 
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size

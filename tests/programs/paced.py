@@ -14,7 +14,9 @@ import time
 
 from mpi4py import MPI
 
-from gala_mpi import agent, cli, learner
+from gala_mpi import cli
+from gala_mpi.learning import learner
+from gala_mpi.train import agent
 
 pause_s, args = float(sys.argv[1]), sys.argv[2:]
 train, update = agent.Agent.train, learner.Learner.update

@@ -38,12 +38,13 @@ import numpy as np
 from broken_mailboxes import BROKEN_BACKGROUND_OUTBOXES, BROKEN_INBOXES, BROKEN_OUTBOXES
 from mpi4py import MPI
 
-from gala_mpi import _native, mailbox
-from gala_mpi import courier as couriers
-from gala_mpi.courier import BackgroundOutbox, Courier
-from gala_mpi.mailbox import CACHE_LINE_BYTES, HEADER, About, Delivery, Inbox, Message, Outbox, lay_out
-from gala_mpi.waiting import wait_until
-from gala_mpi.window import Window
+from gala_mpi import _native
+from gala_mpi.gossip import courier as couriers
+from gala_mpi.gossip import mailbox
+from gala_mpi.gossip.courier import BackgroundOutbox, Courier
+from gala_mpi.gossip.mailbox import CACHE_LINE_BYTES, HEADER, About, Delivery, Inbox, Message, Outbox, lay_out
+from gala_mpi.mpi.waiting import wait_until
+from gala_mpi.mpi.window import Window
 
 CAPACITY = 64 * 1024
 WIRES = (np.dtype(np.int64), np.dtype(np.float64))

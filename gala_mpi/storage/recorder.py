@@ -20,7 +20,7 @@ import numpy as np
 
 from gala_mpi.config import RecordConfig
 from gala_mpi.files import check_room, first_line, give_new_name
-from gala_mpi.schema import SCHEMA_VERSION, TABLES
+from gala_mpi.storage.schema import SCHEMA_VERSION, TABLES
 
 CHUNK_BYTES = 64 * 1024
 # Of each table: what waits while the disk is full.

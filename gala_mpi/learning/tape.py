@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from gala_mpi.networks import Policy
+from gala_mpi.learning.networks import Policy
 
 aten = torch.ops.aten
 

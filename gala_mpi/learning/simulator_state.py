@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 
-from gala_mpi.vector_env import SerialVectorEnv
+from gala_mpi.learning.vector_env import SerialVectorEnv
 
 SAVABLE = "gymnasium.envs.classic_control."
 PLAIN_WRAPPERS = (TimeLimit, OrderEnforcing, PassiveEnvChecker)

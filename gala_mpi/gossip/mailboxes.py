@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from gala_mpi.courier import Courier
-from gala_mpi.mailbox import Delivery, Inbox, Outbox, Place, lay_out
-from gala_mpi.window import Window
+from gala_mpi.gossip.courier import Courier
+from gala_mpi.gossip.mailbox import Delivery, Inbox, Outbox, Place, lay_out
+from gala_mpi.mpi.window import Window
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from gala_mpi.config import ConfigError, at_home, reaching
-from gala_mpi.edge_list import InWeights, read_edge_list
+from gala_mpi.gossip.edge_list import InWeights, read_edge_list
 
 InEdges = Iterable[Iterable[int]]
 ONE_PEER = "one-peer-exponential"

@@ -11,22 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gala_mpi import __version__, arguments
-from gala_mpi.collective import RankFailureError, on_all_ranks
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, at_home, load_preset, reaching
-from gala_mpi.environments import check_environment
 from gala_mpi.exit_codes import EXIT_DIVERGED, EXIT_ERROR, EXIT_LOST, EXIT_OK, EXIT_STOPPED, EXIT_UNWRITTEN
-from gala_mpi.lease import LEASE_FILE, Lease
-from gala_mpi.resume import check_changes
-from gala_mpi.run_folder import RunInfo, create_run, discard_run, holds_a_run, reopen_run, run_id_of, saved_config
-from gala_mpi.signals import StopRequest, settle
+from gala_mpi.gossip.topology import TOPOLOGIES, make_topology
+from gala_mpi.learning.environments import check_environment
+from gala_mpi.mpi.collective import RankFailureError, on_all_ranks
+from gala_mpi.mpi.waiting import Watchdog
 from gala_mpi.stopwatch import profile_table
-from gala_mpi.topology import TOPOLOGIES, make_topology
-from gala_mpi.waiting import Watchdog
+from gala_mpi.storage.lease import LEASE_FILE, Lease
+from gala_mpi.storage.resume import check_changes
+from gala_mpi.storage.run_folder import (
+    RunInfo,
+    create_run,
+    discard_run,
+    holds_a_run,
+    reopen_run,
+    run_id_of,
+    saved_config,
+)
+from gala_mpi.train.signals import StopRequest, settle
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from gala_mpi.agent import Summary
+    from gala_mpi.train.agent import Summary
 
 GRACE_S = 1.0
 # Between the first rank that starts and the last: loading torch from a busy network file system takes minutes.
@@ -49,7 +57,7 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
         found = on_all_ranks(comm, lambda: _read(args, comm.size) if comm.rank == 0 else None)
         config, changes = comm.bcast(found)
         # Only now: torch takes seconds to import, and a bad setting should be told at once.
-        from gala_mpi.agent import Agent
+        from gala_mpi.train.agent import Agent
 
         info = reopen_run(config, comm) if config.run.resume else create_run(config, comm)
         lease = Lease(info.folder, info.run_id, info.segment)
@@ -196,7 +204,7 @@ def check(config: TrainConfig, size: int) -> TrainConfig:
 
 
 def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
-    from gala_mpi.window import library_version
+    from gala_mpi.mpi.window import library_version
 
     exchange = config.exchange.exchange
     topology = config.exchange.topology
@@ -210,7 +218,7 @@ def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
 
 
 def _farewell(summary: Summary, info: RunInfo, config: TrainConfig, *, taken_over: bool) -> str:
-    from gala_mpi.monitor import returns_line
+    from gala_mpi.train.monitor import returns_line
 
     returns = returns_line(summary.overview)
     ended = f"stopped ({summary.stopped})" if summary.stopped else "finished"

@@ -12,15 +12,15 @@ import numpy as np
 
 from gala_mpi import __version__, _native
 from gala_mpi.config import ConfigError, TrainConfig
-from gala_mpi.environments import Episode
-from gala_mpi.exchange import Exchange
-from gala_mpi.learner import Losses
-from gala_mpi.parameters import FlatParameters
-from gala_mpi.recorder import Recorder
-from gala_mpi.run_folder import RunInfo, rank_file
-from gala_mpi.stalls import StallWatch
+from gala_mpi.gossip.exchange import Exchange
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.learning.environments import Episode
+from gala_mpi.learning.learner import Losses
+from gala_mpi.learning.stalls import StallWatch
+from gala_mpi.mpi.window import library_version
 from gala_mpi.stopwatch import LEARN, ROLLOUT, Stopwatch
-from gala_mpi.window import library_version
+from gala_mpi.storage.recorder import Recorder
+from gala_mpi.storage.run_folder import RunInfo, rank_file
 
 PACKAGES = ("torch", "mpi4py", "gymnasium", "ale-py", "numpy", "h5py")
 

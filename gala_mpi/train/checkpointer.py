@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gala_mpi.checkpoint import (
+from gala_mpi.config import ConfigError
+from gala_mpi.files import first_line
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.learning.environments import Episode
+from gala_mpi.learning.learner import Learner
+from gala_mpi.learning.rollout import Collector
+from gala_mpi.stopwatch import Stopwatch
+from gala_mpi.storage.checkpoint import (
     LARGEST_COUNT,
     RECENT_EPISODES,
     Checkpoint,
@@ -24,19 +31,12 @@ from gala_mpi.checkpoint import (
     CheckpointFolder,
     Facts,
 )
-from gala_mpi.config import ConfigError
-from gala_mpi.environments import Episode
-from gala_mpi.files import first_line
-from gala_mpi.learner import Learner
-from gala_mpi.parameters import FlatParameters
-from gala_mpi.resume import Resumption
-from gala_mpi.rollout import Collector
-from gala_mpi.run_folder import run_id_of
-from gala_mpi.stopwatch import Stopwatch
+from gala_mpi.storage.resume import Resumption
+from gala_mpi.storage.run_folder import run_id_of
 
 if TYPE_CHECKING:
-    from gala_mpi.board import Board
-    from gala_mpi.exchange import Exchange
+    from gala_mpi.gossip.exchange import Exchange
+    from gala_mpi.train.board import Board
 
 PARAMETERS, MEAN_SQUARE = "parameters.", "optimiser.mean_square."
 # Fewer episodes do not tell which policy is the best.

@@ -31,13 +31,13 @@ import torch
 from torch import nn
 
 from gala_mpi import _native
-from gala_mpi.collective import alike_on_all_ranks
-from gala_mpi.courier import Courier
-from gala_mpi.mailbox import About, Inbox, Message
-from gala_mpi.mailboxes import Mailboxes
-from gala_mpi.parameters import FlatParameters
-from gala_mpi.topology import HIERARCHICAL, Topology, make_topology
-from gala_mpi.waiting import meet, wait_until
+from gala_mpi.gossip.courier import Courier
+from gala_mpi.gossip.mailbox import About, Inbox, Message
+from gala_mpi.gossip.mailboxes import Mailboxes
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.gossip.topology import HIERARCHICAL, Topology, make_topology
+from gala_mpi.mpi.collective import alike_on_all_ranks
+from gala_mpi.mpi.waiting import meet, wait_until
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gala_mpi.checkpoint import CheckpointError, CheckpointFolder
 from gala_mpi.config import ConfigError, TrainConfig, UsageError
 from gala_mpi.doctor.findings import FAIL
 from gala_mpi.doctor.preflight import ruinous
-from gala_mpi.environments import Simulators, is_atari
-from gala_mpi.networks import AtariPolicy, MLPPolicy, Policy
-from gala_mpi.window import library_version
+from gala_mpi.learning.environments import Simulators, is_atari
+from gala_mpi.learning.networks import AtariPolicy, MLPPolicy, Policy
+from gala_mpi.mpi.window import library_version
+from gala_mpi.storage.checkpoint import CheckpointError, CheckpointFolder
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

@@ -22,10 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import CONFIG_BYTES, ConfigError, TrainConfig, reaching, read_config
 from gala_mpi.files import first_line, read_file, write_new_file
-from gala_mpi.lease import LEASE_FILE, LeaseError, check_free, write_lease
+from gala_mpi.mpi.collective import on_all_ranks
+from gala_mpi.storage.lease import LEASE_FILE, LeaseError, check_free, write_lease
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from gala_mpi import simulator_state
 from gala_mpi.config import ConfigError, EnvironmentConfig
 from gala_mpi.files import first_line
+from gala_mpi.learning import simulator_state
+from gala_mpi.learning.vector_env import SerialVectorEnv, check_spaces
 from gala_mpi.user_code import EndedProgramError, SimulatorError, summary, user_code
-from gala_mpi.vector_env import SerialVectorEnv, check_spaces
 
 Bools = npt.NDArray[np.bool_]
 FIRE = 1

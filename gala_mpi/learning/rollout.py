@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gala_mpi.cuda_graph import CudaGraph
-from gala_mpi.environments import Episode, Simulators
-from gala_mpi.networks import Policy
+from gala_mpi.learning.cuda_graph import CudaGraph
+from gala_mpi.learning.environments import Episode, Simulators
+from gala_mpi.learning.networks import Policy
+from gala_mpi.learning.tape import Tape
 from gala_mpi.stopwatch import Stopwatch
-from gala_mpi.tape import Tape
 
 COLUMNS = {"rewards": torch.float32, "terminated": torch.bool, "truncated": torch.bool, "valid": torch.bool}
 

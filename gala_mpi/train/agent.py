@@ -17,21 +17,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gala_mpi.board import Board, Overview, board_bytes
-from gala_mpi.checkpoint import LARGEST_COUNT
-from gala_mpi.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
-from gala_mpi.collective import on_all_ranks
 from gala_mpi.config import ConfigError, TrainConfig
-from gala_mpi.courier import Courier
-from gala_mpi.environments import is_atari, make_simulators, refused
-from gala_mpi.exchange import Exchange, make_exchange, window_bytes
-from gala_mpi.gossip import DivergedError
-from gala_mpi.learner import learner_class
-from gala_mpi.lease import Lease
-from gala_mpi.metrics import Metrics, open_recorder
-from gala_mpi.monitor import Monitor
-from gala_mpi.parameters import FlatParameters
-from gala_mpi.preparation import (
+from gala_mpi.gossip.courier import Courier
+from gala_mpi.gossip.exchange import Exchange, make_exchange, window_bytes
+from gala_mpi.gossip.gossip import DivergedError
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.learning.environments import is_atari, make_simulators, refused
+from gala_mpi.learning.learner import learner_class
+from gala_mpi.learning.rollout import Collector
+from gala_mpi.learning.stalls import StallWatch
+from gala_mpi.mpi.collective import on_all_ranks
+from gala_mpi.mpi.waiting import Watchdog, wait_until
+from gala_mpi.mpi.window import MpiError
+from gala_mpi.stopwatch import Stopwatch
+from gala_mpi.storage.checkpoint import LARGEST_COUNT
+from gala_mpi.storage.lease import Lease
+from gala_mpi.storage.resume import Resumption, find_checkpoints
+from gala_mpi.storage.run_folder import RunInfo
+from gala_mpi.train.board import Board, Overview, board_bytes
+from gala_mpi.train.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
+from gala_mpi.train.metrics import Metrics, open_recorder
+from gala_mpi.train.monitor import Monitor
+from gala_mpi.train.preparation import (
     learning_rate,
     look_ahead,
     make_checkpoint_folder,
@@ -40,15 +47,8 @@ from gala_mpi.preparation import (
     place,
     threads_asked_for,
 )
-from gala_mpi.resume import Resumption, find_checkpoints
-from gala_mpi.rollout import Collector
-from gala_mpi.run_folder import RunInfo
-from gala_mpi.signals import StopRequest, take_back
-from gala_mpi.stalls import StallWatch
-from gala_mpi.stopwatch import Stopwatch
+from gala_mpi.train.signals import StopRequest, take_back
 from gala_mpi.user_code import tell
-from gala_mpi.waiting import Watchdog, wait_until
-from gala_mpi.window import MpiError
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request

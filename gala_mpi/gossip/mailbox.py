@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gala_mpi import _native
-from gala_mpi.window import PAGE_BYTES, Bytes, Window
+from gala_mpi.mpi.window import PAGE_BYTES, Bytes, Window
 
 SLOTS = 3
 FRESH = 4

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gala_mpi.checkpoint import (
+from gala_mpi.config import ConfigError, TrainConfig, UsageError
+from gala_mpi.mpi.collective import on_all_ranks
+from gala_mpi.storage.checkpoint import (
     BEST,
     LARGEST_COUNT,
     Checkpoint,
@@ -23,9 +25,7 @@ from gala_mpi.checkpoint import (
     ranks_with_checkpoints,
     read,
 )
-from gala_mpi.collective import on_all_ranks
-from gala_mpi.config import ConfigError, TrainConfig, UsageError
-from gala_mpi.run_folder import LEFT_OUT
+from gala_mpi.storage.run_folder import LEFT_OUT
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gala_mpi.courier import Courier
-from gala_mpi.environments import Episode
-from gala_mpi.mailbox import lay_out
-from gala_mpi.mailboxes import Mailboxes
-from gala_mpi.topology import make_topology
+from gala_mpi.gossip.courier import Courier
+from gala_mpi.gossip.mailbox import lay_out
+from gala_mpi.gossip.mailboxes import Mailboxes
+from gala_mpi.gossip.topology import make_topology
+from gala_mpi.learning.environments import Episode
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

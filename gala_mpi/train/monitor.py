@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from gala_mpi.board import Overview
 from gala_mpi.config import RunConfig
+from gala_mpi.train.board import Overview
 
 LIVE_EVERY_S = 0.5
 SPEED_OVER_S = 30.0

@@ -11,9 +11,9 @@ import torch
 
 from gala_mpi import _native
 from gala_mpi.config import LearnerConfig
-from gala_mpi.cuda_graph import CudaGraph
-from gala_mpi.parameters import FlatParameters
-from gala_mpi.rollout import Rollout, n_step_returns
+from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.learning.cuda_graph import CudaGraph
+from gala_mpi.learning.rollout import Rollout, n_step_returns
 from gala_mpi.stopwatch import Stopwatch
 
 Terms = dict[str, torch.Tensor]

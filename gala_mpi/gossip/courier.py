@@ -38,9 +38,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from gala_mpi.mailbox import HEADER, About, Delivery, Outbox, Place, fill, publication, seal
-from gala_mpi.waiting import wait_until
-from gala_mpi.window import Bytes, MpiError, Window, may_call_from_threads, node_leaders
+from gala_mpi.gossip.mailbox import HEADER, About, Delivery, Outbox, Place, fill, publication, seal
+from gala_mpi.mpi.waiting import wait_until
+from gala_mpi.mpi.window import Bytes, MpiError, Window, may_call_from_threads, node_leaders
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
