@@ -12,42 +12,19 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from gala_mpi.config import ConfigError, TrainConfig
-from gala_mpi.gossip.courier import Courier
-from gala_mpi.gossip.exchange import Exchange, make_exchange, window_bytes
+from gala_mpi.config import TrainConfig
+from gala_mpi.gossip.exchange import Exchange
 from gala_mpi.gossip.gossip import DivergedError
-from gala_mpi.gossip.parameters import FlatParameters
-from gala_mpi.learning.environments import is_atari, make_simulators, refused
-from gala_mpi.learning.learner import learner_class
-from gala_mpi.learning.rollout import Collector
-from gala_mpi.learning.stalls import StallWatch
-from gala_mpi.mpi.collective import on_all_ranks
 from gala_mpi.mpi.waiting import Watchdog, wait_until
 from gala_mpi.mpi.window import MpiError
-from gala_mpi.stopwatch import Stopwatch
-from gala_mpi.storage.checkpoint import LARGEST_COUNT
 from gala_mpi.storage.lease import Lease
-from gala_mpi.storage.resume import Resumption, find_checkpoints
 from gala_mpi.storage.run_folder import RunInfo
-from gala_mpi.train.board import Board, Overview, board_bytes
-from gala_mpi.train.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
-from gala_mpi.train.metrics import Metrics, open_recorder
+from gala_mpi.train.assembly import assemble
+from gala_mpi.train.board import Overview
 from gala_mpi.train.monitor import Monitor
-from gala_mpi.train.preparation import (
-    learning_rate,
-    look_ahead,
-    make_checkpoint_folder,
-    make_generator,
-    make_policy,
-    place,
-    threads_asked_for,
-)
-from gala_mpi.train.signals import StopRequest, take_back
+from gala_mpi.train.signals import StopRequest, hear_again
 from gala_mpi.user_code import tell
 
 if TYPE_CHECKING:
@@ -55,7 +32,7 @@ if TYPE_CHECKING:
 
 STUCK = "the end of the run: the MPI library has not returned"
 STUCK_FILES = "writing metrics or a checkpoint: the file system has not answered"
-HOLDERS_OF_A_NODE = 2
+
 log = logging.getLogger(__name__)
 
 
@@ -91,140 +68,25 @@ class Agent:
 
     def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease, watchdog: Watchdog) -> None:
         self._config, self._comm, self._lease, self._watchdog = config, comm, lease, watchdog
-        self._warned_of_signals = False
-        threads, device = on_all_ranks(comm, lambda: place(comm, config.run.device))
-        self._simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
-        # What is set for a whole process, environments may have set otherwise.
-        torch.set_default_dtype(torch.float32)
-        torch.set_grad_enabled(True)
-        self._listen()
-        if device.type == "cuda":
-            # Streams and graphs are those of the current device.
-            torch.cuda.set_device(device)
-            # Of the ways to a gradient those that add in a fixed order: the same to the bit each time.
-            torch.backends.cudnn.deterministic = True
-            # What is left for a CPU are copies, and threads that wait for work take it from the simulators'.
-            torch.set_num_threads(1)
-        else:
-            # The threads of a network for flat observations wait for each other longer than they compute.
-            torch.set_num_threads(threads_asked_for() or (threads if is_atari(config.environment.env) else 1))
-        # One stream for each use: parameters from the seed alone, simulators and actions by rank.
-        shared = make_generator(int(np.random.SeedSequence([config.run.seed]).generate_state(1)[0]))
-        self._policy = make_policy(config, self._simulators, shared).to(device)
-        self._flat = FlatParameters(self._policy)
-        look_ahead(comm, window_bytes(config.exchange, self._flat, comm) + board_bytes(comm.size), info.folder)
         self._timeout_s = config.exchange.neighbour_timeout_s
-        self._courier = Courier(comm, config.exchange.delivery)
-        if self._courier.node_rank(comm.rank) < HOLDERS_OF_A_NODE:
-            lease.hold()
-        self._board = Board(comm, self._courier, self._timeout_s)
-        self._exchange: Exchange = make_exchange(config.exchange, self._flat, comm, self._courier, self._board.come_by)
-        waits = config.run.profile and device.type == "cuda"
-        self._stopwatch = Stopwatch(torch.cuda.synchronize if waits else None)
-        rate = learning_rate(config, comm.size)
-        average = self._exchange.average_gradient
-        self._learner = learner_class(device)(self._flat, config.learner, rate, average, self._stopwatch)
-        keep = config.record.keep_checkpoints
-        folder = on_all_ranks(comm, lambda: make_checkpoint_folder(info.folder, comm.rank, keep))
-        resumption = self._find_checkpoints(info) if info.segment else None
-        stream = [config.run.seed, comm.rank]
-        if resumption is not None:
-            # What cannot go on begins anew, and not with what it began with before.
-            stream += [info.segment, resumption.learner.facts.update]
-        simulator_seed, action_seed = np.random.SeedSequence(stream).generate_state(2)
-        generator = make_generator(int(action_seed), device)
-        steps = config.learner.rollout_steps
-        # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
-        seed, dtype = int(simulator_seed) >> 2, getattr(torch, config.learner.precision)
-
-        def begin() -> Collector:
-            with refused(config.environment.env):
-                return Collector(self._simulators, self._policy, steps, seed, generator, self._stopwatch, dtype)
-
-        self._collector = on_all_ranks(comm, begin)
-        parts = Parts(self._flat, self._learner, self._collector, self._exchange, self._board, self._stopwatch)
-        identity = Identity(info.run_id, info.segment, comm.rank, comm.size, config.as_dict())
-        self._checkpointer = Checkpointer(folder, parts, identity, config.record.checkpoint_every_s)
-        self._agent_steps = self._update = 0
-        self._begin_s: float = 0.0
-        if resumption is not None:
-            self._agent_steps, self._update = resumption.agent_steps[comm.rank], resumption.learner.facts.update
-            self._begin_s = resumption.time_s
-            go_on = comm.allgather(self._checkpointer.restore(resumption))
-        self._steps_before = self._board.total_steps
-        self.origin: list[str] = []
+        rank = assemble(config, comm, info, lease)
+        self._simulators, self._courier, self._checkpointer = rank.simulators, rank.courier, rank.checkpointer
+        self._recorder, self._metrics = rank.recorder, rank.metrics
+        parts = rank.parts
+        self._collector, self._learner, self._stopwatch = parts.collector, parts.learner, parts.stopwatch
+        self._exchange: Exchange = parts.exchange
+        self._board = parts.board
+        self.origin = rank.origin.lines
         """Lines on what a run that was resumed goes on from; none for a new one."""
-        if resumption is not None:
-            updates = [update for update in resumption.updates if update < LARGEST_COUNT]
-            between = f"updates {min(updates):,} to {max(updates):,}"
-            self.origin = [f"goes on from {self._steps_before:,} steps (checkpoints of {between})"]
-            if anew := [rank for rank, whether in enumerate(go_on) if not whether]:
-                which = "all ranks" if len(anew) == comm.size else f"rank {', '.join(map(str, anew))}"
-                self.origin += [f"simulators, and what their wrappers have learned, begin anew on {which}"]
-        # The same instant on all ranks, from which they count; from then on by a clock that is never set back.
-        comm.Barrier()
-        self._zero_s = time.monotonic() - self._begin_s
-        self._t0 = comm.bcast(time.time()) - self._begin_s
-        about = self._about(info, resumption)
-        self._recorder = on_all_ranks(comm, lambda: open_recorder(config, info, about))
-        # Those that exchange die together, and one of them says so.
-        watched = comm.rank == 0 or config.exchange.exchange == "none"
-        watch = StallWatch(config.record.record_every, self._simulators.actions) if watched else None
-        self._metrics = Metrics(
-            self._recorder, config, self._flat, self._exchange, self._stopwatch, self._begin_s, watch
-        )
+        self._update, self._agent_steps = rank.origin.update, rank.origin.agent_steps
+        self._begin_s, self._steps_before = rank.origin.time_s, rank.origin.total_steps
+        self._zero_s = rank.zero_s
         self._monitor: Monitor | None = None
         self._all_written = True
-
-    def _find_checkpoints(self, info: RunInfo) -> Resumption | None:
-        """What this rank goes on from. Collective."""
-        flat, comm = self._flat, self._comm
-        resumption = find_checkpoints(
-            comm,
-            info.folder,
-            lambda checkpoint: expect(flat, info.run_id, checkpoint),
-            largest_bytes(flat),
-            log.warning,
-            synchronous=self._exchange.synchronous,
-        )
-        if resumption is None and info.after_an_end:
-            # Each start writes one before its first update, and none is said to have ended in order if it could not.
-            raise ConfigError(
-                "resume", str(info.folder), "a run whose checkpoints are still there, as it ended in order"
-            )
-        if comm.rank == 0:
-            if resumption is None:
-                log.warning("%s holds no checkpoint: the run begins anew", info.folder)
-            elif resumption.size_before != comm.size:
-                log.warning(
-                    "changed: ranks from %d to %d: rank r goes on from rank r modulo %d; "
-                    "learning rate %g (after the warm-up, before decay)",
-                    resumption.size_before,
-                    comm.size,
-                    resumption.size_before,
-                    learning_rate(self._config, comm.size),
-                )
-        return resumption
 
     def _now_s(self) -> float:
         """Seconds of training since the run's beginning, those of earlier segments included."""
         return time.monotonic() - self._zero_s
-
-    def _about(self, info: RunInfo, resumption: Resumption | None) -> dict[str, Any]:
-        """What this rank's file says of it, and of what it went on from."""
-        size = self._comm.size
-        about: dict[str, Any] = {"rank": self._comm.rank, "size": size, "t0": self._t0}
-        about["delivery"] = {str(target): way for target, way in self._exchange.ways.items()}
-        if info.segment:
-            # Rows of earlier segments after these updates are of training that was lost.
-            about["resumed"] = {
-                "time_s": self._begin_s,
-                "update": self._update,
-                "agent_steps": self._agent_steps,
-                "size": resumption.size_before if resumption else size,
-                "updates": resumption.updates if resumption else [0] * size,
-            }
-        return about
 
     def train(self, stop: StopRequest, on_update: Callable[[int], None] | None = None) -> Summary:
         """Run to the end of the budget, the time limit or a request to stop.
@@ -366,13 +228,6 @@ class Agent:
             self._board.ask_all_to_stop()
         return bool(stop.reason) or self._board.stop_requested or self._now_s() - self._begin_s >= limit_s
 
-    def _listen(self) -> None:
-        """Hear signals again, if an environment has taken them."""
-        if taken := take_back():
-            if not self._warned_of_signals:
-                log.warning("the environment has taken %s, which end a run in order: taken back", ", ".join(taken))
-            self._warned_of_signals = True
-
     def _progress(self) -> float:
         """Share of the budget that is spent."""
         run, size = self._config.run, self._comm.size
@@ -388,7 +243,7 @@ class Agent:
         timeout_s = self._config.environment.simulator_timeout_s
         with self._watchdog.limit(timeout_s, f"a rollout takes longer than {timeout_s:g} s (--simulator-timeout-s)"):
             rollout = self._collector.collect()
-        self._listen()
+        hear_again()
         losses = self._learner.update(rollout, self._progress(), measure=measure)
         self._update += 1
         self._agent_steps += rollout.rewards.numel()

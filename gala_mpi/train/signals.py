@@ -6,6 +6,7 @@ Its files are whole at any time. Local.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from gala_mpi import _native
 
 # Launchers may send the same signal twice.
 TWICE_WITHIN_S = 1.0
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,14 +86,21 @@ def settle() -> None:
     """
     if signal.SIGUSR1 in _ours:
         _ours[signal.SIGUSR1] = _handler(signal.SIGUSR1)
-    take_back()
+    _take_back()
 
 
-def take_back() -> list[str]:
-    """Put back what `heard_by` listens with, where other code has replaced it; the names of these signals.
+def hear_again() -> None:
+    """Hear signals again where an environment has put handlers of its own, with a warning for the first time.
 
-    Environments do that: those with a window, or an event loop. Cheap enough for every update. Main thread only.
+    Those with a window or an event loop do that. Cheap enough for every update. Main thread only.
     """
+    if (taken := _take_back()) and not _warned:
+        _warned.append(True)
+        log.warning("the environment has taken %s, which end a run in order: taken back", ", ".join(taken))
+
+
+def _take_back() -> list[str]:
+    """Put back what `heard_by` listens with, where other code has replaced it; the names of these signals."""
     taken = [number for number, handler in _ours.items() if _handler(number) != handler]
     for number in taken:
         signal.signal(number, _ours[number][0])
@@ -107,6 +116,7 @@ def _handler(number: int) -> tuple[Any, int]:
 
 _ours: dict[int, tuple[Any, int]] = {}
 _told: list[int] = []
+_warned: list[bool] = []
 
 
 def _forget() -> None:
