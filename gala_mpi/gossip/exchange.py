@@ -12,8 +12,9 @@ from mpi4py import MPI
 from gala_mpi import _native
 from gala_mpi.config import ExchangeConfig
 from gala_mpi.gossip.courier import Courier
-from gala_mpi.gossip.gossip import DivergedError, ExchangeCounters, Gossip, InNeighbour, share_parameters
+from gala_mpi.gossip.gossip import DivergedError, ExchangeCounters, Gossip, share_parameters
 from gala_mpi.gossip.mailbox import lay_out
+from gala_mpi.gossip.neighbours import InNeighbour
 from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.gossip.topology import make_topology
 from gala_mpi.mpi.waiting import Watchdog

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,9 @@ from torch import nn
 
 from gala_mpi import _native
 from gala_mpi.gossip.courier import Courier
-from gala_mpi.gossip.mailbox import About, Inbox, Message
+from gala_mpi.gossip.mailbox import About, Message
 from gala_mpi.gossip.mailboxes import Mailboxes
+from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours, Taken
 from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.gossip.topology import HIERARCHICAL, Topology, make_topology
 from gala_mpi.mpi.collective import alike_on_all_ranks
@@ -55,42 +56,6 @@ log = logging.getLogger(__name__)
 
 class DivergedError(RuntimeError):
     """This rank's parameters are not finite, and it is not to go on with those of a neighbour, or cannot."""
-
-
-@dataclass
-class InNeighbour:
-    """What this rank knows of one rank that sends to it."""
-
-    rank: int
-    weight: float
-    inbox: Inbox
-    heard_at_s: float | None = None
-    update: int = 0
-    number: int = 0
-    dropped: int = 0
-    staleness: int = 0
-    message_age_s: float = math.nan
-    distance: float = math.nan
-    lost: bool = False
-    finished: bool = False
-    held: Message | None = None
-
-    def take(self) -> Message | None:
-        """The newest message, if there is one; it is held, and what was held is given up for it."""
-        if not self.inbox.fresh():
-            return None
-        # Its slot may go to the sender now, though nothing has wholly arrived yet.
-        self.held = None
-        message = self.inbox.take()
-        if message is not None:
-            self.dropped += max(message.number - self.number - 1, 0)
-            self.number, self.update, self.finished = message.number, message.update, message.last
-            if len(message.payload):
-                self.held = message
-        return message
-
-
-Taken: TypeAlias = tuple[InNeighbour, Message]
 
 
 @dataclass
@@ -187,6 +152,7 @@ class Gossip:
             InNeighbour(rank, weight, inbox)
             for (rank, inbox), weight in zip(self._mailboxes.inboxes.items(), weights, strict=True)
         ]
+        self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, rotating=graph.rotating)
         self.outboxes = self._mailboxes.outboxes
 
     @property
@@ -212,7 +178,7 @@ class Gossip:
         with self.counters.timed():
             self._courier.check()
             state = self._flat.host()
-            ready, missing = self._look()
+            ready, missing = self._heard.look()
             taken = self._take() if ready else []
             sent = self.counters.messages_sent
             if not self.post_and_mix(state, self.topology.targets(self._comm.rank, self._update), taken):
@@ -222,8 +188,8 @@ class Gossip:
             # Who has sent nothing must not wait: another may wait for it.
             if missing and not ready and self._too_stale() and self.counters.messages_sent > sent:
                 # Ends: a neighbour that stays silent becomes lost, and a lost one is not missing.
-                self._wait_until(self._ready_or_alone)
-                taken = self._take() if self._look()[0] else []
+                self._wait_until(self._heard.ready_or_alone)
+                taken = self._take() if self._heard.look()[0] else []
                 self._mix(state, taken)
             self._settle(taken)
         return False
@@ -254,8 +220,7 @@ class Gossip:
     def free(self) -> None:
         """Free the windows, and the courier if it is this object's own. Collective."""
         self._closed = True
-        for neighbour in self.in_neighbours:
-            neighbour.held = None  # a view of the window's memory
+        self._heard.let_go()
         if self._own_courier is not None:
             self._own_courier.free()
         self._mailboxes.free()
@@ -297,7 +262,7 @@ class Gossip:
             self._post(state, targets)
             self._mix(state, taken)
             return True
-        payloads, weights = [message.payload for _, message in taken], self._weights(taken)
+        payloads, weights = [message.payload for _, message in taken], self._heard.weights(taken)
         finite, squared, accepted = _native.exchange(state, stored, 1 - sum(weights), payloads, weights)
         if finite:
             for target in targets:
@@ -349,61 +314,19 @@ class Gossip:
         wait_until(look, 2 * self._timeout_s)
         self.counters.wait_s += time.perf_counter() - begin
 
-    def _look(self) -> tuple[bool, int]:
-        """Whether there is what a mix needs, and how many in-neighbours are expected to send but have not."""
-        now = time.monotonic()
-        found = missing = 0
-        for neighbour in self.in_neighbours:
-            if neighbour.finished:
-                continue
-            if neighbour.heard_at_s is None:
-                # Patience begins with the first look, not while ranks are still being set up.
-                neighbour.heard_at_s = now
-            if neighbour.inbox.fresh():
-                found += 1
-                neighbour.heard_at_s = now
-                if neighbour.lost:
-                    neighbour.lost = False
-                    log.warning("rank %d is heard again and takes part in mixing", neighbour.rank)
-            elif now - neighbour.heard_at_s <= self._timeout_s:
-                missing += 1
-            elif not neighbour.lost:
-                neighbour.lost = True
-                log.warning(
-                    "nothing heard from rank %d for %g s: it counts as lost and is left out of mixing",
-                    neighbour.rank,
-                    self._timeout_s,
-                )
-        return found > 0 and (not missing or self.topology.rotating), missing
-
-    def _ready_or_alone(self) -> bool:
-        ready, missing = self._look()
-        return ready or not missing
-
     def _too_stale(self) -> bool:
-        if self.topology.rotating and any(n.finished or n.lost for n in self.in_neighbours):
+        if self._max_staleness is None or (self.topology.rotating and self._heard.some_are_gone):
             return False
-        return self._max_staleness is not None and self.counters.staleness >= self._max_staleness
+        return self.counters.staleness >= self._max_staleness
 
     def _take(self) -> list[Taken]:
-        """The newest message of each in-neighbour that has sent one with parameters, and whether it was the last."""
-        taken = []
-        for neighbour in self.in_neighbours:
-            before = neighbour.dropped
-            message = neighbour.take()
-            self.counters.messages_dropped += neighbour.dropped - before
-            if message is not None and len(message.payload):
-                taken.append((neighbour, message))
+        """The newest message of each in-neighbour that has sent one with parameters."""
+        taken, dropped = self._heard.take()
+        self.counters.messages_dropped += dropped
         return taken
 
-    def _weights(self, taken: Sequence[Taken]) -> list[float]:
-        """Of messages; what is left out stays with this rank's own parameters."""
-        if self.topology.rotating:
-            return [1 / (1 + len(taken))] * len(taken)
-        return [neighbour.weight for neighbour, _ in taken]
-
     def _mix(self, state: npt.NDArray[np.float32], taken: Sequence[Taken]) -> None:
-        payloads, weights = [message.payload for _, message in taken], self._weights(taken)
+        payloads, weights = [message.payload for _, message in taken], self._heard.weights(taken)
         self._account(taken, *_native.mix(state, 1 - sum(weights), payloads, weights, WIRES[self._wire]))
 
     def _account(self, taken: Sequence[Taken], squared: list[float], accepted: list[bool]) -> None:
@@ -419,9 +342,7 @@ class Gossip:
 
     def _settle(self, taken: list[Taken]) -> None:
         """Count on the staleness after an update in which `taken` was mixed, but for what was rejected."""
-        mixed = [neighbour for neighbour, _ in taken if neighbour.held]
-        for neighbour in self.in_neighbours:
-            neighbour.staleness = 0 if neighbour in mixed else neighbour.staleness + 1
+        mixed = self._heard.settle(taken)
         counters = self.counters
         if self.in_neighbours:
             counters.staleness = 0 if mixed else counters.staleness + 1
@@ -446,7 +367,7 @@ class Gossip:
         what = f"the parameters are not finite after update {self._update}"
         if not self._adopts:
             raise DivergedError(f"{what} (on_divergence is stop)")
-        self._wait_until(lambda: self._adopt(state) or self._look() == (False, 0))
+        self._wait_until(lambda: self._adopt(state) or self._heard.look() == (False, 0))
         if not _native.all_finite(state):
             raise DivergedError(f"{what}, and no neighbour has sent any to go on with")
         log.warning("%s: went on with those of a neighbour (%d times so far)", what, self.counters.divergences)
@@ -454,8 +375,7 @@ class Gossip:
     def _adopt(self, state: npt.NDArray[np.float32]) -> bool:
         """Take over the newest message that is held or there, and finite; whether there was one."""
         self._take()
-        held = [(neighbour, neighbour.held) for neighbour in self.in_neighbours if neighbour.held]
-        for neighbour, message in sorted(held, key=lambda pair: pair[1].time_s, reverse=True):
+        for neighbour, message in self._heard.held():
             state.fill(0)
             _, (accepted,) = _native.mix(state, 0.0, [message.payload], [1.0], WIRES[self._wire])
             if accepted:

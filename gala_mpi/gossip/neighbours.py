@@ -1,0 +1,135 @@
+"""The ranks that a rank mixes with: who is heard, who is lost, and whether there is what a mix needs. All is local.
+
+A neighbour is heard when it leaves a message. One that leaves none for the timeout is lost: it is left out of mixing
+and of waiting, until it is heard again. One that has finished leaves none any more, and is not waited for.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from gala_mpi.gossip.mailbox import Inbox, Message
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class InNeighbour:
+    """What this rank knows of one rank that sends to it."""
+
+    rank: int
+    weight: float
+    inbox: Inbox
+    heard_at_s: float | None = None
+    update: int = 0
+    number: int = 0
+    dropped: int = 0
+    staleness: int = 0
+    message_age_s: float = math.nan
+    distance: float = math.nan
+    lost: bool = False
+    finished: bool = False
+    held: Message | None = None
+
+    def take(self) -> Message | None:
+        """The newest message, if there is one; it is held, and what was held is given up for it."""
+        if not self.inbox.fresh():
+            return None
+        # Its slot may go to the sender now, though nothing has wholly arrived yet.
+        self.held = None
+        message = self.inbox.take()
+        if message is not None:
+            self.dropped += max(message.number - self.number - 1, 0)
+            self.number, self.update, self.finished = message.number, message.update, message.last
+            if len(message.payload):
+                self.held = message
+        return message
+
+
+Taken: TypeAlias = tuple[InNeighbour, Message]
+
+
+class InNeighbours:
+    """All in-neighbours of a rank, of which those are lost that are silent for `timeout_s` seconds.
+
+    Over a `rotating` topology one message is enough for a mix; else each that is expected must be there.
+    """
+
+    def __init__(self, neighbours: Sequence[InNeighbour], timeout_s: float, *, rotating: bool) -> None:
+        self._all, self._timeout_s, self._rotating = neighbours, timeout_s, rotating
+
+    @property
+    def some_are_gone(self) -> bool:
+        """Whether some are lost, or have finished."""
+        return any(neighbour.finished or neighbour.lost for neighbour in self._all)
+
+    def look(self) -> tuple[bool, int]:
+        """Whether there is what a mix needs, and how many are expected to send but have not."""
+        now = time.monotonic()
+        found = missing = 0
+        for neighbour in self._all:
+            if neighbour.finished:
+                continue
+            if neighbour.heard_at_s is None:
+                # Patience begins with the first look, not while ranks are still being set up.
+                neighbour.heard_at_s = now
+            if neighbour.inbox.fresh():
+                found += 1
+                neighbour.heard_at_s = now
+                if neighbour.lost:
+                    neighbour.lost = False
+                    log.warning("rank %d is heard again and takes part in mixing", neighbour.rank)
+            elif now - neighbour.heard_at_s <= self._timeout_s:
+                missing += 1
+            elif not neighbour.lost:
+                neighbour.lost = True
+                log.warning(
+                    "nothing heard from rank %d for %g s: it counts as lost and is left out of mixing",
+                    neighbour.rank,
+                    self._timeout_s,
+                )
+        return found > 0 and (not missing or self._rotating), missing
+
+    def ready_or_alone(self) -> bool:
+        """Whether there is what a mix needs, or nobody left who could send it."""
+        ready, missing = self.look()
+        return ready or not missing
+
+    def take(self) -> tuple[list[Taken], int]:
+        """The newest message of each that has sent one with parameters, and how many messages those replaced."""
+        taken, dropped = [], 0
+        for neighbour in self._all:
+            before = neighbour.dropped
+            message = neighbour.take()
+            dropped += neighbour.dropped - before
+            if message is not None and len(message.payload):
+                taken.append((neighbour, message))
+        return taken, dropped
+
+    def weights(self, taken: Sequence[Taken]) -> list[float]:
+        """Of messages; what is left out stays with this rank's own parameters."""
+        if self._rotating:
+            return [1 / (1 + len(taken))] * len(taken)
+        return [neighbour.weight for neighbour, _ in taken]
+
+    def settle(self, taken: Sequence[Taken]) -> list[InNeighbour]:
+        """Count on the staleness after an update; those whose message was mixed, and not rejected."""
+        mixed = [neighbour for neighbour, _ in taken if neighbour.held]
+        for neighbour in self._all:
+            neighbour.staleness = 0 if neighbour in mixed else neighbour.staleness + 1
+        return mixed
+
+    def held(self) -> list[Taken]:
+        """The messages that are held, the newest first."""
+        held = [(neighbour, neighbour.held) for neighbour in self._all if neighbour.held]
+        return sorted(held, key=lambda pair: pair[1].time_s, reverse=True)
+
+    def let_go(self) -> None:
+        """Give up all messages: they are views of the window's memory."""
+        for neighbour in self._all:
+            neighbour.held = None
