@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 import tyro
 
+from gala_mpi import settings
 from gala_mpi.config import UsageError
 
 T = TypeVar("T")
@@ -40,10 +41,7 @@ def _refuse_nothing(args: list[str]) -> None:
 
 def help_text(options: type[T], command: str, description: str, default: T | None = None) -> str:
     """What `gala-mpi COMMAND --help` prints."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        _tyro(options, command, description, ["--help"], default)
-    return said.getvalue()
+    return settings.help_text(command, description, settings.sections(options, default))
 
 
 def _tyro(options: type[T], command: str, description: str, args: list[str], default: T | None) -> T:

@@ -19,12 +19,21 @@ from gala_mpi.user_code import tell
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-OTHERS = """
-Other commands, each with a --help of its own:
-  gala-mpi topology   degrees, mixing weights and spectral gap of a topology, and a drawing
-  gala-mpi doctor     examine MPI, the nodes and the file system (under mpirun or srun)
-  gala-mpi bench      measure the cost of an exchange (under mpirun or srun)
-  gala-mpi --version  print the version
+HELP_OF_ALL = """usage: gala-mpi [COMMAND] [OPTIONS]
+
+commands, each with a --help of its own:
+  train      train a policy; the command may be left out
+             mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/pong
+             mpirun -n 4 gala-mpi train --resume runs/pong
+  doctor     examine MPI, the nodes and the file system before a run
+             mpirun -n 4 gala-mpi doctor
+  topology   describe and draw who sends to whom
+             gala-mpi topology hierarchical --size 16 --ranks-per-node 4 --draw graph.png
+  bench      measure what an exchange costs, beside memcpy and all-reduce
+             mpirun -n 2 gala-mpi bench
+
+  --version  print the version
+  --help     print this; `gala-mpi train --help` lists all settings of a run
 """
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
@@ -35,6 +44,8 @@ def main() -> NoReturn:
     args = sys.argv[1:]
     if "--version" in args:
         sys.exit(_print_once(f"gala-mpi {__version__}"))
+    if args and all(arg in ("--help", "-h") for arg in args):
+        sys.exit(_print_once(HELP_OF_ALL))
     # The default command may be left out; others stand first.
     command, rest = (args[0], args[1:]) if args and args[0] in COMMANDS else ("train", args)
     if "--help" in rest or "-h" in rest:
@@ -46,7 +57,7 @@ def main() -> NoReturn:
 
 def _help(command: str, args: list[str]) -> int:
     try:
-        return _print_once(HELP[command](args) + (OTHERS if command == "train" else ""))
+        return _print_once(HELP[command](args))
     except UsageError as error:
         return _refuse_once(error)
 

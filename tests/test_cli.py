@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -113,11 +114,33 @@ def test_paths_below_a_folder_that_may_not_be_entered_are_refused(tmp_path: Path
 
 
 def test_help_is_printed_once_and_starts_no_mpi(one_mpi: Mpi) -> None:
-    done = one_mpi.run(4, "-m", "gala_mpi", "--help", timeout_s=90)
+    done = one_mpi.run(4, "-m", "gala_mpi", "train", "--help", timeout_s=90)
     assert done.returncode == 0
     assert done.stdout.count("--neighbour-timeout-s") == 1
     code = "import sys; from gala_mpi import cli; cli.train_help([]); assert 'mpi4py.MPI' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_help_begins_with_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["gala-mpi", "--help"])
+        cli.main()
+    said = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in said and f"gala-mpi {command}" in said
+    assert len(said.splitlines()) < 25
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_help_is_whole_lines_with_every_default(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line ends early, as those of a setting's docstring do in the code."""
+    monkeypatch.setenv("COLUMNS", "90")
+    lines = cli.HELP[command]([]).splitlines()
+    indent = " " * 28
+    for line, following in itertools.pairwise(lines):
+        assert len(line) <= 90 or not line.startswith(" ")
+        if line.startswith(indent) and following.startswith(indent):
+            assert len(line) + 1 + len(following.split()[0]) > 90 or "(default:" in following
 
 
 @pytest.mark.parametrize("preset", [("--preset", "cartpole"), ("--preset=cartpole",)])
