@@ -12,14 +12,17 @@ distance_to_mean, relative_distance (distance_to_mean / mean_norm), mean_norm (o
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from runs import Run, RunError, given_path, output, plain, read_run, run_script  # isort: skip - sets the backend
+# A notebook may have left one in the environment that is not installed, on which the import of matplotlib fails.
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "Agg"
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from runs import Run, RunError, given_path, output, plain, read_run, run_script, say
 
 COLUMNS = ["instant", "time_s", "ranks", "rank", "update", "distance_to_mean", "relative_distance", "mean_norm"]
 
@@ -103,16 +106,15 @@ def main() -> None:
     data.to_csv(table, index=False)
     draw(data, run, picture)
     if data.empty:
-        print(f"{run.folder}: no two ranks have drawn a sketch yet")
+        say(f"{run.folder}: no two ranks have drawn a sketch yet")
     else:
         distance = data["distance_to_mean"]
-        print(
+        say(
             f"{run.folder}: {data['instant'].nunique()} instants, {run.sizes}; distance to the mean: median "
             f"{distance.median():.3g}, greatest (epsilon) {distance.max():.3g}, "
             f"{data['relative_distance'].max():.2%} of the mean's norm"
         )
-    print(table)
-    print(picture)
+    say(table, picture)
 
 
 if __name__ == "__main__":

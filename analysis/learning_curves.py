@@ -12,14 +12,17 @@ episodes_in_window (fewer at the start). Dotted lines in the drawing mark where 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from runs import Run, given_path, names, output, plain, read_run, run_script  # isort: skip - sets the backend
+# A notebook may have left one in the environment that is not installed, on which the import of matplotlib fails.
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "Agg"
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from runs import Run, given_path, names, output, plain, read_run, run_script, say
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
@@ -115,15 +118,14 @@ def main() -> None:
     draw(curves, named, args.x, args.window, picture)
     for data, run in zip(curves, runs, strict=True):
         if data.empty:
-            print(f"{run.folder}: no episode has ended yet")
+            say(f"{run.folder}: no episode has ended yet")
             continue
         last, full = data.iloc[-1], data[data["episodes_in_window"] == min(args.window, len(data))]
-        print(
+        say(
             f"{run.folder}: {len(data)} episodes, {last['agent_steps']:,} agent steps in {last['time_s']:,.0f} s; "
             f"mean return {last['mean_return']:.2f} at the end, {full['mean_return'].max():.2f} at best"
         )
-    print(table)
-    print(picture)
+    say(table, picture)
 
 
 if __name__ == "__main__":

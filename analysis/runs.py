@@ -24,10 +24,6 @@ import h5py
 import numpy as np
 import pandas as pd
 
-# Into files alone, whatever a notebook has left in the environment: matplotlib fails on a backend that is not installed
-# as soon as it is imported, which the scripts do after this module.
-os.environ["MPLBACKEND"] = "Agg"
-
 SCHEMA_VERSION = 1
 DEADLINE_S = 60.0
 TABLES = ("updates", "episodes", "sketches", "neighbours")
@@ -317,11 +313,22 @@ def output(folder: Path, name: str) -> Path:
     return path
 
 
-def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main function; a RunError, or an OSError, becomes one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
+def say(*lines: object) -> None:
+    """Print lines, if anybody takes them: the results are in files."""
+    stream = sys.stdout
+    if stream is None:
+        return
+    try:
         # Not every encoding has all letters of a folder's name.
         stream.reconfigure(errors="backslashreplace")
+        print(*lines, sep="\n", flush=True)
+    except OSError:
+        # Nor is anything to be flushed at the end.
+        sys.stdout = None  # type: ignore[assignment]
+
+
+def run_script(main: Callable[[], None]) -> NoReturn:
+    """Run a script's main function; a RunError, or an OSError, becomes one line and exit code 2."""
     try:
         main()
     except (RunError, OSError) as error:

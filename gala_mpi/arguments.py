@@ -34,8 +34,9 @@ def parse(options: type[T], command: str, description: str, args: list[str], def
 def _refuse_nothing(args: list[str]) -> None:
     """Raise UsageError for an option that is given nothing, by a variable that is not set, say: as a path, a here."""
     for index, arg in enumerate(args):
-        if arg == "" or (arg.startswith("--") and arg.endswith("=")):
-            name = arg.rstrip("=") or (args[index - 1] if index else "")
+        option, equals, value = arg.partition("=")
+        if arg == "" or (arg.startswith("--") and equals and not value):
+            name = option or (args[index - 1] if index else "")
             raise UsageError(f"{name}: '' cannot be used; expected a value".lstrip(": "))
 
 

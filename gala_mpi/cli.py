@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
@@ -14,7 +15,7 @@ from gala_mpi.config import UsageError
 from gala_mpi.exit_codes import EXIT_CONFIG, EXIT_ERROR, EXIT_OK
 from gala_mpi.mpi.collective import RankFailureError
 from gala_mpi.train.signals import StopRequest, heard_by
-from gala_mpi.user_code import tell
+from gala_mpi.user_code import END_OF_PROCESS, let_go, tell
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -35,6 +36,8 @@ commands, each with a --help of its own:
   --version  print the version
   --help     print this; `gala-mpi train --help` lists all settings of a run
 """
+# All ranks have met before; a library that has many connections to close may take some time.
+END_WITHIN_S = 30.0
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
@@ -118,37 +121,53 @@ def under_mpi(command: str, run: Callable[[MPI.Intracomm], int]) -> int:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        print(
+        output.complain(
             f"gala-mpi: error: no MPI library can be loaded ({reason}); load your site's MPI, or install one with "
-            "pip install 'gala-mpi[mpich]'",
-            file=sys.stderr,
+            "pip install 'gala-mpi[mpich]'"
         )
         return EXIT_CONFIG
     comm = MPI.COMM_WORLD
-    logging.basicConfig(format=f"[{comm.rank}/{comm.size}] %(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format=f"[{comm.rank}/{comm.size}] %(levelname)s: %(message)s", stream=output.stderr())
     try:
-        return run(comm)
+        code = run(comm)
     except UsageError as error:
         # Raised on all ranks alike: one of them speaks.
         # Ranks that the launcher could not join are all rank 0: it knows them apart.
-        return refuse(error) if comm.rank == 0 and (comm.size > 1 or _speaks_for_launcher()) else EXIT_CONFIG
+        speaks = comm.rank == 0 and (comm.size > 1 or _speaks_for_launcher())
+        code = refuse(error) if speaks else EXIT_CONFIG
     except RankFailureError as error:
         # Raised on all ranks alike: they end together.
         if error.__cause__ is not None:
             tell(error.__cause__, comm.rank, comm.size)
-        return EXIT_ERROR
+        code = EXIT_ERROR
     except BaseException as error:
+        let_go()
         tell(error, comm.rank, comm.size)
         # The other ranks may wait for this one in a collective call: end them too.
         # But not at once: a launcher may drop what it has not forwarded yet.
         time.sleep(0.5)
         comm.Abort(EXIT_ERROR)
-        return EXIT_ERROR
+        code = EXIT_ERROR
+    _end(code)
+    return code
+
+
+def _end(code: int) -> None:
+    """End MPI, and see that the process ends: a user's code may have left threads that Python would wait for."""
+    from mpi4py import MPI
+
+    let_go()
+    ending = threading.Timer(END_WITHIN_S, END_OF_PROCESS, (code,))
+    ending.daemon = True
+    ending.start()
+    # Not at the very end, when no thread could end it any more.
+    if not MPI.Is_finalized():
+        MPI.Finalize()
 
 
 def refuse(error: UsageError) -> int:
     """Say what cannot be done; returns the exit code for it."""
-    print(f"gala-mpi: error: {error}", file=sys.stderr, flush=True)
+    output.complain(f"gala-mpi: error: {error}")
     return EXIT_CONFIG
 
 
@@ -198,8 +217,8 @@ def _look_ahead(command: str) -> None:
     small = storage.too_small_to_start(storage.room(storage.SHARED_MEMORY), here)
     barred = "" if launched.launcher else storage.way_barred(os.getpid())
     for warning in filter(None, (small, barred)):
-        if not launched.rank:
-            print(f"gala-mpi {command}: warning: {warning}", file=sys.stderr, flush=True)
+        if libraries.speaks_for_node(launched, os.environ):
+            output.complain(f"gala-mpi {command}: warning: {warning}")
 
 
 def _speaks_for_launcher() -> bool:
@@ -216,5 +235,5 @@ def _refuse_once(error: UsageError) -> int:
 def _print_once(text: str) -> int:
     """Print on one rank, without starting MPI: help works on a login node too."""
     if _speaks_for_launcher():
-        print(text, flush=True)
+        output.say(text)
     return EXIT_OK

@@ -42,6 +42,8 @@ def reaching(name: str, value: object) -> Iterator[None]:
 
 def at_home(name: str, path: Path) -> Path:
     """The path, with the user's home for `~`: a shell leaves it as it is in --out=~/runs. Raises ConfigError."""
+    if not str(path).startswith("~"):
+        return path
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -98,7 +100,8 @@ class EnvironmentConfig:
         # The emulators' own spelling: they are imported in any case.
         object.__setattr__(self, "env", self.env.removeprefix("ale_py:"))
         _above_zero(self, "simulator_timeout_s")
-        _at_least(self, 1, "simulators", "frame_skip", "max_frames", below=2**31)
+        _at_least(self, 1, "simulators", below=2**20)
+        _at_least(self, 1, "frame_skip", "max_frames", below=2**31)
         _at_least(self, 0, "noop_max", below=2**31)
         _fraction(self, "sticky_actions")
 
@@ -137,12 +140,12 @@ class LearnerConfig:
     """Widths of the hidden layers, for tasks with a flat observation."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "rollout_steps")
+        _at_least(self, 1, "rollout_steps", below=2**20)
         _above_zero(self, "learning_rate", "max_grad_norm", "rmsprop_epsilon")
         _at_least(self, 0, "entropy_weight", "value_weight", "learning_rate_warmup")
         _fraction(self, "gamma", "rmsprop_alpha")
-        if not self.hidden or any(width < 1 for width in self.hidden):
-            raise ConfigError("hidden", self.hidden, "one or more widths of at least 1")
+        if not self.hidden or not all(0 < width < 2**20 for width in self.hidden):
+            raise ConfigError("hidden", self.hidden, "one or more widths from 1 to 2**20 - 1")
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,8 @@ class ExchangeConfig:
     neighbour's; stop: end its part of the run."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "topology", str(at_home("topology", Path(self.topology))))
+        if self.topology.startswith("~"):
+            object.__setattr__(self, "topology", str(at_home("topology", Path(self.topology))))
         _at_least(self, 0, "max_staleness")
         _above_zero(self, "neighbour_timeout_s")
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from gala_mpi import _native
+from gala_mpi import _native, output
 
 END_OF_PROCESS = os._exit
+"""The real one, for our own watchdogs: a user's code finds another in its place, see `user_code`."""
+_inside = False
+_watched_process = 0
 
 
 class SimulatorError(RuntimeError):
@@ -33,18 +35,12 @@ def user_code(name: Callable[[], str]) -> Iterator[None]:
     """Run a user's code. `name()` is the part of it that runs; it stands beside what is raised.
 
     What would end the program (SystemExit, KeyboardInterrupt and the like, os._exit) becomes an EndedProgramError. An
-    exit within C cannot be undone: the process ends with its stack, and exit code 1. Local; the main thread alone calls
-    it. Does not nest.
+    exit within C cannot be undone: the process ends with its stack, and exit code 1. So does one by os._exit(0) in a
+    thread of the user's, from here on until `let_go`. Local; the main thread alone calls it. Does not nest.
     """
-    process = os.getpid()
-
-    def end_of_process(code: int) -> NoReturn:
-        # A child of fork, and a watchdog's thread, end as they mean to.
-        if os.getpid() == process and threading.current_thread() is threading.main_thread():
-            raise SystemExit(code)
-        END_OF_PROCESS(code)
-
-    os._exit = end_of_process  # type: ignore[assignment]
+    global _inside, _watched_process
+    os._exit = _end_of_process  # type: ignore[assignment]
+    _inside, _watched_process = True, os.getpid()
     _native.guard_exit(True)
     try:
         yield
@@ -57,7 +53,25 @@ def user_code(name: Callable[[], str]) -> Iterator[None]:
         raise EndedProgramError(f"{name()} would have ended the program ({kind_and_text(error)})") from error
     finally:
         _native.guard_exit(False)
-        os._exit = END_OF_PROCESS
+        _inside = False
+
+
+def let_go() -> None:
+    """Let the process end as it is told to: all is done. Local."""
+    os._exit = END_OF_PROCESS
+
+
+def _end_of_process(code: int) -> NoReturn:
+    """In place of os._exit."""
+    # A child of fork ends as it means to.
+    if os.getpid() == _watched_process:
+        if _inside and threading.current_thread() is threading.main_thread():
+            raise SystemExit(code)
+        if code == 0:
+            output.complain("error: a thread of the user's code has ended the program by os._exit(0); it was here:")
+            output.complain("".join(traceback.format_stack()))
+            code = 1
+    END_OF_PROCESS(code)
 
 
 def kind_and_text(error: BaseException) -> str:
@@ -82,5 +96,4 @@ def tell(error: BaseException, rank: int, size: int) -> None:
     shown = error.__cause__ if ours else error
     lines = "".join(traceback.format_exception(shown)).splitlines() if shown is not None else []
     for line in [*lines, *([f"{type(error).__name__}: {error}"] if ours else [])]:
-        print(f"[{rank}/{size}] {line}", file=sys.stderr)
-    sys.stderr.flush()
+        output.complain(f"[{rank}/{size}] {line}")

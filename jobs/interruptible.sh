@@ -7,20 +7,22 @@
 # terminal is closed, and the ranks with it. SIGUSR1 both pass on, and go on themselves: that is what they get here. Another
 # signal, over a second later, ends the launcher at once.
 #
-# What the launcher prints passes through this script: MPICH's mpirun ends a job whose output cannot be written, since
-# a disk is full or the reader has left.
+# What the launcher prints passes through this script: launchers end a job whose output cannot be written, since a disk is
+# full, or whose reader has left.
 set -uo pipefail
 # A process group of its own for the launcher, and for what passes its output on: the terminal's Ctrl-C comes to this
 # script alone.
 set -m
 launcher="" told=""
 
-# Pass lines on for as long as there are any, whether or not somebody takes them.
+# Pass on what comes for as long as it comes, whether or not somebody takes it; what is no whole line after a while too.
 pass_on() {
-    local line
+    local LC_ALL=C piece code=0
     trap '' PIPE
-    while IFS= read -r line || [[ -n "$line" ]]; do
-        printf '%s\n' "$line" || :
+    while ((code == 0 || code > 128)); do
+        IFS= read -r -N 4096 -t 0.2 piece
+        code=$?
+        printf '%s' "$piece" || :
     done
 } 2> /dev/null
 
@@ -37,8 +39,11 @@ tell() {
 }
 trap tell INT TERM USR1 HUP
 
+# Descriptors that are closed would be given to the pipes below.
+[[ -e /proc/self/fd/1 ]] || exec > /dev/null
+[[ -e /proc/self/fd/2 ]] || exec 2> /dev/null
 exec 3> >(pass_on) && outputs=("$!")
-exec 4> >(exec 5>&2 && pass_on >&5) && outputs+=("$!")
+exec 4> >(exec 5>&2 3>&- && pass_on >&5) && outputs+=("$!")
 "$@" < /dev/null >&3 2>&4 3>&- 4>&- &
 launcher=$!
 exec 3>&- 4>&-

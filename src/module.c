@@ -740,6 +740,47 @@ static PyObject *py_handler_of(PyObject *Py_UNUSED(module), PyObject *number)
     return PyLong_FromUnsignedLongLong((unsigned long long)handler_of((int)signal));
 }
 
+static PyObject *with_signal(PyObject *number, int (*act)(int))
+{
+    long signal = PyLong_AsLong(number);
+    if (signal == -1 && PyErr_Occurred())
+        return NULL;
+    if (act((int)signal) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(keep_handler_doc,
+"keep_handler(signal)\n--\n\n"
+"Note what a signal does now, in C, for `restore_handler`. Raises OSError if there is no such signal. Local.");
+
+static PyObject *py_keep_handler(PyObject *Py_UNUSED(module), PyObject *number)
+{
+    return with_signal(number, keep_handler);
+}
+
+PyDoc_STRVAR(restore_handler_doc,
+"restore_handler(signal)\n--\n\n"
+"Let a signal do what it did at `keep_handler`. Raises OSError if there is no such signal. Local.");
+
+static PyObject *py_restore_handler(PyObject *Py_UNUSED(module), PyObject *number)
+{
+    return with_signal(number, restore_handler);
+}
+
+PyDoc_STRVAR(end_within_doc,
+"end_within(seconds)\n--\n\n"
+"End the process by SIGALRM unless it has ended by then, whatever its threads wait in. Local.");
+
+static PyObject *py_end_within(PyObject *Py_UNUSED(module), PyObject *seconds)
+{
+    unsigned long limit = PyLong_AsUnsignedLong(seconds);
+    if (PyErr_Occurred())
+        return NULL;
+    end_within((unsigned)limit);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"mix", (PyCFunction)(void (*)(void))py_mix, METH_VARARGS | METH_KEYWORDS, mix_doc},
@@ -756,6 +797,9 @@ static PyMethodDef methods[] = {
     {"running_s", py_running_s, METH_NOARGS, running_s_doc},
     {"guard_exit", py_guard_exit, METH_O, guard_exit_doc},
     {"handler_of", py_handler_of, METH_O, handler_of_doc},
+    {"keep_handler", py_keep_handler, METH_O, keep_handler_doc},
+    {"restore_handler", py_restore_handler, METH_O, restore_handler_doc},
+    {"end_within", py_end_within, METH_O, end_within_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -26,6 +26,35 @@ uintptr_t handler_of(int signal)
     return (now.sa_flags & SA_SIGINFO) ? (uintptr_t)now.sa_sigaction : (uintptr_t)now.sa_handler;
 }
 
+/* Standard signals alone: the numbers of real-time ones are no constants. */
+enum { SIGNALS = 32 };
+static struct sigaction kept[SIGNALS];
+
+int keep_handler(int signal)
+{
+    if (signal < 1 || signal >= SIGNALS)
+        return -1;
+    return sigaction(signal, NULL, &kept[signal]);
+}
+
+int restore_handler(int signal)
+{
+    if (signal < 1 || signal >= SIGNALS)
+        return -1;
+    return sigaction(signal, &kept[signal], NULL);
+}
+
+void end_within(unsigned seconds)
+{
+    /* The kernel ends the process, whatever its threads are waiting in. */
+    signal(SIGALRM, SIG_DFL);
+    sigset_t alarms;
+    sigemptyset(&alarms);
+    sigaddset(&alarms, SIGALRM);
+    pthread_sigmask(SIG_UNBLOCK, &alarms, NULL);
+    alarm(seconds);
+}
+
 /* Whether an exit is one that nobody has asked for: set and read by the main thread. */
 static volatile sig_atomic_t guarded;
 static pid_t guarded_in;
@@ -35,6 +64,7 @@ static void exit_in_order(void)
     static const char text[] = "error: code of the user's, or a library of it, has ended the program from within C:\n";
     if (!guarded || guarded_in != getpid())
         return;
+    end_within(WATCH_SPEAK_SECONDS);
     if (write(STDERR_FILENO, text, sizeof text - 1) < 0) {
         /* There is nobody to tell. */
     }
@@ -63,6 +93,7 @@ static void end(void)
     /* A core of all that a policy and its simulators take would fill a disk. */
     struct rlimit none = {0, 0};
     setrlimit(RLIMIT_CORE, &none);
+    end_within(WATCH_SPEAK_SECONDS);
     if (write(STDERR_FILENO, said, strlen(said)) < 0) {
         /* There is nobody to tell. */
     }

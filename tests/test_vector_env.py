@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,39 @@ def test_the_interface_before_gymnasium_is_refused_by_name() -> None:
         SimulatorError, match=r"simulator 0 .* 4 values from step; expected \(observation, reward, term"
     ):
         env.step(np.zeros(2, np.int64))
+
+
+def test_a_tuple_with_names_is_a_tuple() -> None:
+    kinds = {5: collections.namedtuple("Step", "a b c d e"), 2: collections.namedtuple("Reset", "a b")}
+    env = vector(2, gives=lambda _number, _step, given: kinds[len(given)](*given))
+    env.reset(seed=1)
+    assert env.step(np.zeros(2, np.int64))[1].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("failing", ["close", "make"])
+def test_all_that_were_made_are_closed(failing: str) -> None:
+    closed: list[int] = []
+
+    class Closing(Task):
+        def close(self) -> None:
+            closed.append(self._number)
+            if failing == "close" and self._number == 0:
+                raise ValueError("the window is gone")
+
+    def make(number: int) -> Closing:
+        if failing == "make" and number == 2:
+            raise ValueError("no more")
+        return Closing(number)
+
+    makers = [lambda number=number: make(number) for number in range(3)]
+    if failing == "make":
+        with pytest.raises(SimulatorError, match="simulator 2 of this rank cannot be made"):
+            SerialVectorEnv(makers)
+        assert closed == [0, 1]
+    else:
+        with pytest.raises(ValueError, match="the window is gone"):
+            SerialVectorEnv(makers).close()
+        assert closed == [0, 1, 2]
 
 
 def test_what_an_environment_raises_names_its_simulator() -> None:

@@ -12,13 +12,12 @@ import faulthandler
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gala_mpi import __version__, arguments
+from gala_mpi import __version__, arguments, output
 from gala_mpi.bench.costs import DELIVERY, GLOO, PACK, Costs
 from gala_mpi.config import ConfigError, UsageError, at_home, reaching
 from gala_mpi.doctor import libraries, placement
@@ -91,7 +90,7 @@ def start_watch(args: Sequence[str]) -> Watch:
         deadline_s = parse(args).deadline_s
     rank = libraries.launch(os.environ).rank or 0
     # The traceback is rank 0's word when its watch cannot speak; the others need none.
-    where = sys.stderr if rank == 0 else Path(os.devnull).open("w")  # noqa: SIM115 - open to the process's end
+    where = output.stderr() if rank == 0 else Path(os.devnull).open("w")  # noqa: SIM115 - open to the process's end
     faulthandler.dump_traceback_later(deadline_s + LAST_RESORT_S, exit=True, file=where)
     return Watch("gala-mpi bench", deadline_s, rank)
 
@@ -219,9 +218,9 @@ def _tell(options: BenchOptions, job: Mapping[str, Any], sizes: Sequence[Mapping
     """Print the tables, and write the JSON where it was asked for."""
     written = json.dumps({**job, "sizes": sizes}, indent=1)
     if options.json == Path("-"):
-        print(written, flush=True)
+        output.say(written)
         return
-    print(text, flush=True)
+    output.say(text)
     if options.json is not None:
         unfinished = options.json.with_name(f".{options.json.name}.{os.getpid()}")
         with reaching("json", options.json):

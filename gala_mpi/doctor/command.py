@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gala_mpi import arguments
+from gala_mpi import arguments, output
 from gala_mpi.config import ConfigError, at_home
 from gala_mpi.doctor import libraries
 from gala_mpi.doctor.examination import Examination
@@ -73,7 +72,7 @@ def start_watch(args: Sequence[str]) -> Watch:
     launched = libraries.launch(os.environ)
     rank = launched.rank or 0
     # The traceback is rank 0's word when its watch cannot speak; the others need none.
-    where = sys.stderr if rank == 0 else Path(os.devnull).open("w")  # noqa: SIM115 - open to the process's end
+    where = output.stderr() if rank == 0 else Path(os.devnull).open("w")  # noqa: SIM115 - open to the process's end
     faulthandler.dump_traceback_later(deadline_s + LAST_RESORT_S, exit=True, file=where)
     return Watch("gala-mpi doctor", deadline_s, rank)
 
@@ -106,7 +105,7 @@ def run(args: list[str], comm: Intracomm, watch: Watch) -> int:
     code: int = peers.tell_all(EXIT_ERROR if failed(findings) else EXIT_OK, VERDICT)
     if comm.rank == 0:
         title = f"gala-mpi doctor: {comm.size} rank(s), topology {options.topology}"
-        print(as_json(findings, examination.nodes) if options.json else as_text(findings, title), flush=True)
+        output.say(as_json(findings, examination.nodes) if options.json else as_text(findings, title))
     if not examination.healthy:
         _end_all(comm, watch)
     watch.doing = "ending MPI"

@@ -27,6 +27,8 @@ LAUNCHERS = (
 
 LOCAL_SIZES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 
+LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+
 SRUN = {
     "openmpi": "srun --mpi=pmix",
     "cray": "srun --mpi=cray_shasta",
@@ -88,6 +90,12 @@ def ranks_here(found: Launch, environ: Mapping[str, str]) -> int:
     """Ranks on this node by the launcher's word; all of them where it says nothing of nodes."""
     given = (environ.get(name, "") for name in LOCAL_SIZES)
     return next((int(value) for value in given if value.isdigit()), found.size)
+
+
+def speaks_for_node(found: Launch, environ: Mapping[str, str]) -> bool:
+    """Whether this is the first rank of its node by the launcher's word; rank 0 where it says nothing of nodes."""
+    given = (environ.get(name, "") for name in LOCAL_RANKS)
+    return next((value == "0" for value in given if value.isdigit()), not found.rank)
 
 
 def singletons(found: Launch, size: int, library: str) -> list[Finding]:

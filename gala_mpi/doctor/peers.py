@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from gala_mpi import output
 from gala_mpi.exit_codes import EXIT_ERROR
 from gala_mpi.mpi.waiting import wait_until
 
@@ -41,7 +41,7 @@ class Watch:
     def _watch(self) -> None:
         time.sleep(self.left_s() + self._grace_s)
         late = f"not done within {self._allowed_s:g} s (--deadline-s), while {self.doing}"
-        print(f"{self._name}: error: {late}", file=sys.stderr, flush=True)
+        output.complain(f"{self._name}: error: {late}")
         os._exit(EXIT_ERROR)
 
 

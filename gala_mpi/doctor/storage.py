@@ -88,8 +88,8 @@ def way_barred(pid: int) -> str:
         except OSError as error:
             return (
                 f"{path} of {_owner(path)}, left by a run that was killed, has the name that MPICH takes for this "
-                f"process ({pid}), and cannot be removed ({error.strerror}): MPICH will not start; what helps: start "
-                "again (the number is another one then), by mpirun -n 1, or have its owner remove it"
+                f"process ({pid}), and cannot be removed ({error.strerror}): MPICH, if you use it, will not start; "
+                "what helps: start again (the number is another one then), by mpirun -n 1, or have its owner remove it"
             )
     return ""
 

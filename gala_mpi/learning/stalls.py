@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class StallWatch:
-    """Warns, once for each sign, when some 500 updates have shown it.
+    """Warns, once for each sign, when the last 50 rows have shown it, or as many as fall into 500 updates.
 
     Blind: values do not vary with what is seen. Then the explained variance is zero to rounding; in a network that
     works it is not, however little it explains. Certain: the policy has no doubt about any of its `actions`.

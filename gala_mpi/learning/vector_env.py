@@ -7,6 +7,7 @@ looked at: what does not have the shape and the type that its space says is told
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,12 +41,13 @@ class SerialVectorEnv(VectorEnv[Any, Any, Any]):
                 for make in makers:
                     self.envs.append(make())
                 spaces = [(env.observation_space, env.action_space) for env in self.envs]
-        except SimulatorError:
-            raise
-        except Exception as error:
-            raise SimulatorError(
-                f"simulator {len(self.envs)} of this rank cannot be made ({summary(error)})"
-            ) from error
+        except BaseException as error:
+            number = len(self.envs)
+            with contextlib.suppress(Exception):
+                self.close_extras()
+            if isinstance(error, SimulatorError) or not isinstance(error, Exception):
+                raise
+            raise SimulatorError(f"simulator {number} of this rank cannot be made ({summary(error)})") from error
         self.num_envs = len(self.envs)
         self.spec = self.envs[0].spec
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
@@ -95,10 +97,16 @@ class SerialVectorEnv(VectorEnv[Any, Any, Any]):
         return observations, rewards, terminated, truncated, {} if finals is None else {"final_obs": finals}
 
     def close_extras(self, **_: Any) -> None:
-        """Close all environments."""
-        with user_code(lambda: "closing the simulators of this rank"):
-            for env in self.envs:
-                env.close()
+        """Close all environments, also if some cannot be closed; then raises what the first of them raised."""
+        errors: list[Exception] = []
+        for index, env in enumerate(self.envs):
+            try:
+                with user_code(lambda index=index: f"closing simulator {index} of this rank"):  # type: ignore[misc]
+                    env.close()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _room(self) -> Array:
         space = self.single_observation_space
@@ -137,7 +145,7 @@ def check_spaces(observations: object, actions: object) -> str:
 
 def _parts(found: object, index: int, method: str, names: tuple[str, ...]) -> tuple[Any, ...]:
     """What a method gave, if it is what Gymnasium's interface says. Raises SimulatorError."""
-    if type(found) is not tuple or len(found) != len(names):
+    if not isinstance(found, tuple) or len(found) != len(names):
         what = f"{len(found)} values" if isinstance(found, tuple) else f"{type(found).__name__}"
         raise SimulatorError(
             f"simulator {index} of this rank gave {what} from {method}; expected ({', '.join(names)}), Gymnasium's "

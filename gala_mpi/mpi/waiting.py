@@ -5,14 +5,14 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gala_mpi import _native
+from gala_mpi import _native, output
+from gala_mpi.user_code import END_OF_PROCESS
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 YIELD_FOR_S = 0.002
 LONGEST_SLEEP_S = 0.001
 WATCH_EVERY_S = 0.5
+SPEAK_WITHIN_S = 10
 STDERR = 2
 # Beyond a limit, for a process that is busy rather than locked.
 LOCKED_FOR_S = 5.0
@@ -87,8 +88,10 @@ class Watchdog:
     def _watch(self) -> None:
         while _native.running_s() < self._deadline_s:
             time.sleep(WATCH_EVERY_S)
+        # Nobody may read the words.
+        _native.end_within(SPEAK_WITHIN_S)
         try:
-            print(f"{self._name} error: {self._complaint}; every thread was here:", file=sys.stderr, flush=True)
+            output.complain(f"{self._name} error: {self._complaint}; every thread was here:")
             faulthandler.dump_traceback(STDERR, all_threads=True)
         finally:
-            os._exit(1)
+            END_OF_PROCESS(1)

@@ -73,6 +73,16 @@ def holds_a_run(folder: Path) -> bool:
     return any(folder.glob("rank-*.h5")) or any((folder / name).exists() for name in OF_A_RUN)
 
 
+def never_began(folder: Path) -> bool:
+    """Whether a start made the folder, and ended before its first step: there are neither metrics nor checkpoints.
+
+    Such a start was killed, or ended by a library, as it made its simulators. Raises OSError.
+    """
+    if not (folder / RUN_FILE).is_file():
+        return False
+    return not any(folder.glob("rank-*.h5")) and not (folder / "checkpoints").exists()
+
+
 def segments(folder: Path) -> list[int]:
     """The numbers of the segments that left something, ascending."""
     return _segments_of([*folder.iterdir(), *folder.glob("checkpoints/rank-*/segment-*")])
@@ -130,6 +140,11 @@ def _create(config: TrainConfig) -> RunInfo:
     info = RunInfo(out, made, uuid.uuid4().hex, _now(), segment=0, after_an_end=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        # Of a link that leads nowhere, too.
+        _remove(made)
+        raise _not_written(config.record.out or out, error) from error
+    try:
         # First, and only if it is not there: with it the folder is this run's.
         write_new_file(out / RUN_FILE, json.dumps({"run_id": info.run_id, "started": info.started}).encode())
     except FileExistsError as error:

@@ -24,7 +24,8 @@ from gala_mpi.storage.run_folder import RunInfo
 from gala_mpi.train.assembly import assemble
 from gala_mpi.train.board import Overview
 from gala_mpi.train.monitor import Monitor
-from gala_mpi.train.signals import StopRequest, hear_again
+from gala_mpi.train.preparation import take_process_back
+from gala_mpi.train.signals import StopRequest
 from gala_mpi.user_code import tell
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ class Agent:
         timeout_s = self._config.environment.simulator_timeout_s
         with self._watchdog.limit(timeout_s, f"a rollout takes longer than {timeout_s:g} s (--simulator-timeout-s)"):
             rollout = self._collector.collect()
-        hear_again()
+        take_process_back()
         losses = self._learner.update(rollout, self._progress(), measure=measure)
         self._update += 1
         self._agent_steps += rollout.rewards.numel()

@@ -36,9 +36,10 @@ from gala_mpi.train.preparation import (
     make_generator,
     make_policy,
     place,
+    take_process_back,
     threads_asked_for,
+    within_memory,
 )
-from gala_mpi.train.signals import hear_again
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -83,10 +84,28 @@ def assemble(config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease) 
     """
     threads, device = on_all_ranks(comm, lambda: place(comm, config.run.device))
     simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
+    try:
+        return _around(simulators, config, comm, info, lease, threads, device)
+    except BaseException:
+        # Their threads and windows would outlive a start that is refused.
+        simulators.close()
+        raise
+
+
+def _around(
+    simulators: Simulators,
+    config: TrainConfig,
+    comm: Intracomm,
+    info: RunInfo,
+    lease: Lease,
+    threads: int,
+    device: torch.device,
+) -> Rank:
+    """Make all parts but the simulators. Collective."""
     _set_up_process(config, threads, device)
     # One stream for each use: parameters from the seed alone, simulators and actions by rank.
     shared = make_generator(int(np.random.SeedSequence([config.run.seed]).generate_state(1)[0]))
-    policy = make_policy(config, simulators, shared).to(device)
+    policy = on_all_ranks(comm, lambda: within_memory(lambda: make_policy(config, simulators, shared).to(device)))
     flat = FlatParameters(policy)
     look_ahead(comm, window_bytes(config.exchange, flat, comm) + board_bytes(comm.size), info.folder)
     courier = Courier(comm, config.exchange.delivery)
@@ -106,7 +125,7 @@ def assemble(config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease) 
         # What cannot go on begins anew, and not with what it began with before.
         stream += [info.segment, resumption.learner.facts.update]
     collector = on_all_ranks(comm, lambda: _make_collector(config, simulators, policy, stream, device, stopwatch))
-    hear_again()
+    take_process_back()
     parts = Parts(flat, learner, collector, exchange, board, stopwatch)
     identity = Identity(info.run_id, info.segment, comm.rank, comm.size, config.as_dict())
     checkpointer = Checkpointer(folder, parts, identity, config.record.checkpoint_every_s)
@@ -124,10 +143,8 @@ def assemble(config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease) 
 
 
 def _set_up_process(config: TrainConfig, threads: int, device: torch.device) -> None:
-    """Set what holds for the whole process: environments may have set it otherwise."""
-    torch.set_default_dtype(torch.float32)
-    torch.set_grad_enabled(True)
-    hear_again()
+    """Set what holds for the whole process, and take back what environments have set."""
+    take_process_back()
     if device.type == "cuda":
         # Streams and graphs are those of the current device.
         torch.cuda.set_device(device)
@@ -154,7 +171,7 @@ def _make_collector(
     # Simulator seeds are int32 in ALE, and consecutive for the simulators of a rank.
     seed, steps = int(simulator_seed) >> 2, config.learner.rollout_steps
     with refused(config.environment.env):
-        return Collector(simulators, policy, steps, seed, generator, stopwatch, dtype)
+        return within_memory(lambda: Collector(simulators, policy, steps, seed, generator, stopwatch, dtype))
 
 
 def _find_checkpoints(

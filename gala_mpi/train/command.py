@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gala_mpi import __version__, arguments
+from gala_mpi import __version__, arguments, output
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, at_home, load_preset, reaching
 from gala_mpi.exit_codes import EXIT_DIVERGED, EXIT_ERROR, EXIT_LOST, EXIT_OK, EXIT_STOPPED, EXIT_UNWRITTEN
 from gala_mpi.gossip.topology import TOPOLOGIES, make_topology
@@ -18,18 +18,21 @@ from gala_mpi.learning.environments import check_environment
 from gala_mpi.mpi.collective import RankFailureError, on_all_ranks
 from gala_mpi.mpi.waiting import Watchdog
 from gala_mpi.stopwatch import profile_table
-from gala_mpi.storage.lease import LEASE_FILE, Lease
+from gala_mpi.storage.lease import LEASE_FILE, Lease, LeaseError, check_free
 from gala_mpi.storage.resume import check_changes
 from gala_mpi.storage.run_folder import (
     RunInfo,
     create_run,
     discard_run,
     holds_a_run,
+    never_began,
     reopen_run,
     run_id_of,
     saved_config,
+    segments,
 )
 from gala_mpi.train.signals import StopRequest, settle
+from gala_mpi.user_code import END_OF_PROCESS, let_go
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from gala_mpi.train.agent import Summary
 
 GRACE_S = 1.0
+# Of the 4,096 that a path may have; the rest is for the files of a run.
+LONGEST_FOLDER = 3900
 # Between the first rank that starts and the last: loading torch from a busy network file system takes minutes.
 START_WITHIN_S = 900.0
 HELP = "Train a policy: mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/pong"
@@ -75,12 +80,12 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
             _undo(info, lease, comm)
             raise
     if comm.rank == 0:
-        print("\n".join([_banner(config, comm, info), *agent.origin, *changes]), flush=True)
+        output.say("\n".join([_banner(config, comm, info), *agent.origin, *changes]))
     summary = agent.train(stop)
     if comm.rank == summary.speaker:
         if config.run.profile:
-            print(profile_table(summary.profile, summary.updates))
-        print(_farewell(summary, info, config, taken_over=lease.lost), flush=True)
+            output.say(profile_table(summary.profile, summary.updates))
+        output.say(_farewell(summary, info, config, taken_over=lease.lost))
         with watchdog.limit(4 * config.exchange.neighbour_timeout_s, f"writing {LEASE_FILE}"):
             # Where checkpoints could not be written, the next start is not to count on them.
             if summary.unwritten:
@@ -89,6 +94,7 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
                 lease.end()
     code = _exit_code(summary)
     if summary.lost:
+        let_go()
         _leave(comm, code, speaks=comm.rank == summary.speaker)
     agent.free()
     return code
@@ -122,16 +128,25 @@ def _leave(comm: MPI.Intracomm, code: int, *, speaks: bool) -> NoReturn:
     # has not forwarded yet.
     time.sleep(GRACE_S if speaks else 10 * GRACE_S)
     # Should the library not return, for what a dead rank left locked, the process still ends.
-    ending = threading.Timer(10 * GRACE_S, os._exit, (code,))
+    ending = threading.Timer(10 * GRACE_S, END_OF_PROCESS, (code,))
     ending.daemon = True
     ending.start()
     comm.Abort(code)
-    os._exit(code)
+    END_OF_PROCESS(code)
 
 
 def _read(args: list[str], size: int) -> tuple[TrainConfig, list[str]]:
     """The configuration, checked, and what has changed in it since the run that it resumes."""
     config = check(parse(args), size)
+    out = config.record.out
+    if out is not None and never_began(out):
+        try:
+            check_free(out, max(segments(out), default=0))
+        except LeaseError as error:
+            raise ConfigError("out", str(out), f"a folder in which no other run begins just now; {error}") from error
+        # As a segment of what was begun: so of two such starts at once one is refused.
+        config = replace(config, run=replace(config.run, resume=out), record=replace(config.record, out=None))
+        return config, [f"{out} was begun by a start that ended before its first step: begun anew"]
     folder = config.run.resume
     before = None if folder is None else saved_config(folder)
     if folder is None:
@@ -196,9 +211,11 @@ def check(config: TrainConfig, size: int) -> TrainConfig:
         run_id_of(resume)
     if out is not None:
         with reaching("out", out):
+            if len(os.fsencode(out.absolute())) > LONGEST_FOLDER:
+                raise ConfigError("out", str(out), f"a path of at most {LONGEST_FOLDER} bytes: names come below it")
             if out.exists() and not out.is_dir():
                 raise ConfigError("out", str(out), "a folder, not a file")
-            if out.is_dir() and holds_a_run(out):
+            if out.is_dir() and holds_a_run(out) and not never_began(out):
                 raise ConfigError("out", str(out), "a folder that holds no run yet (--resume goes on with one)")
     return config
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from datetime import timedelta
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from gala_mpi import output
 from gala_mpi.config import RunConfig
 from gala_mpi.train.board import Overview
 
@@ -25,7 +25,7 @@ class Monitor:
     """
 
     def __init__(self, run: RunConfig, every_s: float, begin_s: float, agent_steps: int) -> None:
-        self._console = Console(file=sys.stdout, highlight=False)
+        self._console = Console(file=output.stdout(), highlight=False)
         self._live = Live(console=self._console, auto_refresh=False) if _on_a_screen() else None
         self._every_s = LIVE_EVERY_S if self._live else every_s
         self._total_steps, self._time_limit_s = run.total_steps, run.time_limit_s
@@ -50,7 +50,7 @@ class Monitor:
         if self._live:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
-            print(line, flush=True)
+            output.say(line)
 
     def line(self, overview: Overview, now: float) -> str:
         """The line of progress."""
@@ -80,7 +80,11 @@ class Monitor:
 
 def _on_a_screen() -> bool:
     """Whether the output is a terminal that someone sees: launchers hand out pseudo-terminals without a size."""
-    return sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns > 0
+    stream = output.stdout()
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return False  # it was closed meanwhile
 
 
 def returns_line(overview: Overview) -> str:

@@ -6,8 +6,10 @@ import logging
 import math
 import os
 import platform
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -18,9 +20,13 @@ from gala_mpi.learning.environments import Simulators, is_atari
 from gala_mpi.learning.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.mpi.window import library_version
 from gala_mpi.storage.checkpoint import CheckpointError, CheckpointFolder
+from gala_mpi.train.signals import hear_again
+from gala_mpi.user_code import kind_and_text
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
+
+T = TypeVar("T")
 
 REFERENCE_SIMULATORS = 16
 log = logging.getLogger(__name__)
@@ -82,3 +88,27 @@ def place(comm: Intracomm, device: str) -> tuple[int, torch.device]:
     if not torch.cuda.is_available():
         raise ConfigError("device", device, f"a GPU that torch can use, but there is none on {node}")
     return threads, torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def take_process_back() -> None:
+    """Put back what holds for the whole process, where an environment has set it: signals, torch's modes. Local."""
+    hear_again()
+    if not torch.is_grad_enabled():
+        torch.set_grad_enabled(True)
+    if torch.get_default_dtype() != torch.float32:
+        torch.set_default_dtype(torch.float32)
+
+
+def within_memory(make: Callable[[], T]) -> T:
+    """What `make` gives. Raises UsageError if there is no memory for it."""
+    try:
+        return make()
+    except (MemoryError, RuntimeError) as error:
+        # torch has no exception of its own for it.
+        if isinstance(error, RuntimeError) and not re.search("memory|too large|overflow", str(error)):
+            raise
+        reason = kind_and_text(error)
+        raise UsageError(
+            f"a rank's network and rollouts do not fit into the memory ({reason}); what helps: smaller --hidden, "
+            "--simulators or --rollout-steps"
+        ) from error

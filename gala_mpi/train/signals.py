@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gala_mpi import _native
+from gala_mpi.user_code import END_OF_PROCESS
 
 # Launchers may send the same signal twice.
 TWICE_WITHIN_S = 1.0
@@ -51,7 +52,7 @@ def heard_by(stop: StopRequest) -> Iterator[None]:
         while found := os.read(heard, 64):
             numbers_found = set(found) & set(numbers)
             if asked and numbers_found:
-                os._exit(128 + min(numbers_found))
+                END_OF_PROCESS(128 + min(numbers_found))
             if numbers_found:
                 asked = True
                 # What has come by then belongs to the first, however late this thread is.
@@ -65,7 +66,8 @@ def heard_by(stop: StopRequest) -> Iterator[None]:
     fd_before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     threading.Thread(target=listen, name="signals", daemon=True).start()
     before = {number: signal.signal(number, lambda n, _: stop(signal.Signals(n).name)) for number in numbers}
-    _ours.update({number: _handler(number) for number in numbers})
+    for number in numbers:
+        _keep(number)
     _told[:] = [told]
     try:
         yield
@@ -85,7 +87,7 @@ def settle() -> None:
     handler of SIGUSR1, by which it learns of a rank's death, calls the one that was there before: it stays.
     """
     if signal.SIGUSR1 in _ours:
-        _ours[signal.SIGUSR1] = _handler(signal.SIGUSR1)
+        _keep(signal.SIGUSR1)
     _take_back()
 
 
@@ -104,6 +106,8 @@ def _take_back() -> list[str]:
     taken = [number for number, handler in _ours.items() if _handler(number) != handler]
     for number in taken:
         signal.signal(number, _ours[number][0])
+        # With all that C knows of it: another library's handler that calls ours, say.
+        _native.restore_handler(number)
     if _told:
         signal.set_wakeup_fd(_told[0], warn_on_full_buffer=False)
     return [signal.Signals(number).name for number in taken]
@@ -112,6 +116,11 @@ def _take_back() -> list[str]:
 def _handler(number: int) -> tuple[Any, int]:
     """What a signal does: the function of Python, and the one in C that calls it, which a library may replace."""
     return signal.getsignal(number), _native.handler_of(number)
+
+
+def _keep(number: int) -> None:
+    _ours[number] = _handler(number)
+    _native.keep_handler(number)
 
 
 _ours: dict[int, tuple[Any, int]] = {}

@@ -11,6 +11,8 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 
 import gymnasium
 import numpy as np
@@ -33,6 +35,22 @@ def take_signals_in_c() -> None:
     LIBRARY.signal(signal.SIGTERM, ctypes.c_void_p(1))
 
 
+def leave_a_thread() -> None:
+    threading.Thread(target=time.sleep, args=(3000,)).start()
+
+
+def end_in_a_thread() -> None:
+    threading.Thread(target=os._exit, args=(0,)).start()
+    time.sleep(60)
+
+
+def set_torch() -> None:
+    import torch
+
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+
+
 DOES = {
     "argparse": lambda: argparse.ArgumentParser().parse_args(["--lr", "0.1"]),
     "sys.exit": lambda: sys.exit(0),
@@ -43,6 +61,12 @@ DOES = {
     "fail": fail,
     "take signals": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     "take signals in C": take_signals_in_c,
+    "leave a thread and exit": lambda: (leave_a_thread(), sys.exit()),
+    "leave a thread and fail": lambda: (leave_a_thread(), fail()),
+    "end in a thread": end_in_a_thread,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "set torch": set_torch,
+    "close output": lambda: sys.stdout.close(),
 }
 
 
