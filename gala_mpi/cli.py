@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -160,9 +161,10 @@ def _end(code: int) -> None:
     ending = threading.Timer(END_WITHIN_S, END_OF_PROCESS, (code,))
     ending.daemon = True
     ending.start()
-    # Not at the very end, when no thread could end it any more.
-    if not MPI.Is_finalized():
-        MPI.Finalize()
+    # Not at the very end, when no thread could end it any more. What the run came to is known by now.
+    with contextlib.suppress(MPI.Exception):
+        if not MPI.Is_finalized():
+            MPI.Finalize()
 
 
 def refuse(error: UsageError) -> int:

@@ -146,6 +146,14 @@ def _mpis() -> dict[str, Mpi]:
 
 
 MPIS = _mpis()
+STARTS_RANKS = {"mpi", "mpis", "one_mpi", "mpich", "cluster"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts ranks: `make check` leaves it out, but for one test of each kind."""
+    for item in items:
+        if STARTS_RANKS.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("job")
 
 
 def _get(name: str) -> Mpi:

@@ -117,6 +117,7 @@ def test_between_hosts_messages_go_in_the_background(cluster: Cluster, mpi: Mpi,
     assert first["costs"]["gloo"], first["not_measured"]
 
 
+@pytest.mark.check
 def test_without_gloo_the_rest_is_measured(one_mpi: Mpi, tmp_path: Path) -> None:
     env = {"GLOO_SOCKET_IFNAME": "nosuch0"}
     done = one_mpi.run(2, *COMMAND, *SMALL, "--json", "costs.json", env=env, cwd=tmp_path)

@@ -62,6 +62,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert (taken / "rank-00000.h5").read_bytes() == b"an older run"
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["mpich", "openmpi"])
 def test_exit_code_2_on_both_libraries(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> None:
     mpi = request.getfixturevalue("mpis")[name]
@@ -159,6 +160,7 @@ def test_help_of_an_unknown_preset_is_one_line(capsys: pytest.CaptureFixture[str
     assert said.startswith("gala-mpi: error: --preset: 'nope'") and len(said.splitlines()) == 1
 
 
+@pytest.mark.check
 def test_version(one_mpi: Mpi) -> None:
     done = one_mpi.run(2, "-m", "gala_mpi", "--version", timeout_s=90)
     assert done.returncode == 0 and re.fullmatch(r"gala-mpi \d+\.\d+\.\d+\n", done.stdout)

@@ -71,6 +71,7 @@ def test_text_has_one_line_for_each_finding(mpi: Mpi, size: int, tmp_path: Path)
     assert ("link(s) to the same node" in done.stdout) == (size > 1)
 
 
+@pytest.mark.check
 def test_windows_that_never_fit_fail(mpi: Mpi, tmp_path: Path) -> None:
     done = mpi.run(3, *COMMAND, "--json", "--parameters", str(10**12), timeout_s=90, cwd=tmp_path)
     finding = one(entries_of(done), "memory.shm")

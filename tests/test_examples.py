@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from conftest import Mpi
 
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits.py"
@@ -29,6 +30,7 @@ def test_gossip_is_as_accurate_as_all_reduce_on_every_rank(mpi: Mpi) -> None:
     assert min(gossip) >= allreduce[0] - 2 * MARGIN, (gossip, allreduce)
 
 
+@pytest.mark.check
 def test_ranks_alone_learn_less_from_their_share(one_mpi: Mpi) -> None:
     alone = accuracies(one_mpi, "none")
     # Each has its own batches and model, so the comparison above is one of exchanges: without any, this is lost.

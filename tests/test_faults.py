@@ -123,6 +123,7 @@ def test_what_breaks_the_only_rank_is_named_and_ends_the_run(one_mpi: Mpi, fault
     check_what_breaks_the_last_rank(one_mpi, 1, fault, tmp_path / "run")
 
 
+@pytest.mark.check
 def test_a_simulator_that_hangs_ends_its_rank_with_its_stack(one_mpi: Mpi, tmp_path: Path) -> None:
     done = run_faulty(one_mpi, "hang", 1, tmp_path / "run", *LONG, "--simulator-timeout-s", "3")
     assert done.returncode == 1

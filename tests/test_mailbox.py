@@ -39,6 +39,7 @@ def test_every_message_in_shared_memory_is_whole_in_order_and_the_newest(mpi: Mp
     assert totals["tcp_bytes"] < totals["bytes_posted"] / 100
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("size", IN_SHARED_MEMORY)
 def test_every_message_that_its_sender_stores_itself_is_whole_in_order_and_the_newest(mpi: Mpi, size: int) -> None:
     totals = exchange(mpi, size, IN_SHARED_MEMORY[size], "--shared")

@@ -118,6 +118,7 @@ def test_one_rank_goes_on_to_the_bit(one_mpi: Mpi, env: str, tmp_path: Path) -> 
         assert one[same].equals(other[same]), name
 
 
+@pytest.mark.check
 def test_all_reduce_goes_on_to_the_bit(mpi: Mpi, tmp_path: Path) -> None:
     """Stopped in the warm-up of a learning rate that falls as well."""
     args = (*CARTPOLE[3:], "--exchange", "allreduce", "--total-steps", "25_600", "--learning-rate-decay", "linear")

@@ -64,6 +64,7 @@ def test_all_ranks_share_the_runs_attributes(one_mpi: Mpi, tmp_path: Path) -> No
     assert (run / "config.toml").exists()
 
 
+@pytest.mark.check
 def test_all_reduce_keeps_every_rank_on_the_same_parameters(mpi: Mpi, tmp_path: Path) -> None:
     run = tmp_path / "run"
     args = ("--exchange", "allreduce", "--total-steps", "20_000", "--sketch-every-s", "0.05", "--out", str(run))
@@ -114,6 +115,7 @@ def test_narrow_wires_keep_ranks_together(one_mpi: Mpi, wire: str, tmp_path: Pat
         assert np.nanmax(table["neighbour_distance"]) < 4
 
 
+@pytest.mark.check
 def test_zero_staleness_mixes_at_every_update(mpi: Mpi, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = mpi.run(3, *COMMAND, "--max-staleness", "0", "--total-steps", "20_000", "--out", str(run))
@@ -223,6 +225,7 @@ def test_progress_is_shown(one_mpi: Mpi, tmp_path: Path) -> None:
         assert word in lines[-1]
 
 
+@pytest.mark.check
 def test_one_rank_without_a_launcher_is_reproducible(tmp_path: Path, one_mpi: Mpi) -> None:
     tables = []
     for name in ("first", "second"):

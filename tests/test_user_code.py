@@ -105,6 +105,7 @@ def test_an_exit_within_c_is_told_with_the_stack(one_mpi: Mpi, tmp_path: Path) -
     assert "has ended the program from within C" in done.stderr and "in step" in done.stderr
 
 
+@pytest.mark.check
 def test_one_rank_whose_task_ends_the_program_ends_all_in_order(mpi: Mpi, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = mpi.run(3, *TRAIN, *LONG, "--out", str(run), env=doing("step:sys.exit", rank=1), timeout_s=90)
