@@ -42,7 +42,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
-	$(BIN)/shellcheck jobs/*.sbatch jobs/*.sh tests/*.sh tests/programs/*.sh .ci/run
+	$(BIN)/shellcheck jobs/*.sbatch jobs/*.sh tests/*.sh .ci/run
 	$(BIN)/cmake -S . -B build/werror -DGALA_MPI_WERROR=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  --log-level=WARNING
 	$(BIN)/cmake --build build/werror --clean-first

@@ -33,7 +33,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "analysis")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "storage"), str(ROOT / "analysis")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

@@ -2,8 +2,8 @@
 
     python benchmarks/soak_mailbox.py --exchanges 10_000_000 --out benchmarks/results/soak-mailbox.json
 
-Runs tests/programs/stress_mailbox.py over and over: round by round, one piece on each transport, until each has its
-share. An exchange is a message taken and verified whole, in order, and no older than announced. The result is
+Runs tests/gossip/programs/stress_mailbox.py over and over: round by round, one piece on each transport, until each has
+its share. An exchange is a message taken and verified whole, in order, and no older than announced. The result is
 written anew after each piece, so what a cut leaves is valid; the same command goes on from there. Needs both MPI
 libraries and, for the virtual cluster of three hosts, root (see tests/conftest.py and tests/cluster.py).
 
@@ -34,7 +34,7 @@ import pytest  # noqa: E402
 from cluster import Cluster  # noqa: E402
 from conftest import MPIS, Mpi, finish  # noqa: E402
 
-PROGRAM = str(ROOT / "tests" / "programs" / "stress_mailbox.py")
+PROGRAM = str(ROOT / "tests" / "gossip" / "programs" / "stress_mailbox.py")
 OVER_TCP = {"MPIR_CVAR_NOLOCAL": "1", "MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
 SMALL = {"ranks": 2, "capacity": 1024, "mailboxes": 32, "posts_per_phase": 500, "roles": ["even"], "announcing": 0.1}
 LARGE = {"ranks": 3, "capacity": 65536, "mailboxes": 2, "posts_per_phase": 250}

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from conftest import Mpi
 
-AGENT = Path(__file__).parent / "programs" / "cluster_agent.sh"
+AGENT = Path(__file__).parent / "cluster_agent.sh"
 NAMESPACES = Path("/run/netns")
 SWITCH = "switch"
 SWITCH_NUMBER = 254

@@ -17,7 +17,7 @@ cmake=$(dirname "$python")/cmake
 mkdir -p "$scratch/gala_mpi"
 cp "$root/gala_mpi/__init__.py" "$scratch/gala_mpi/"
 cp "$scratch"/build/_native*.so "$scratch/gala_mpi/"
-cp "$root/tests/test_native.py" "$root/tests/native_reference.py" "$scratch/"
+cp "$root/tests/ground/test_native.py" "$root/tests/ground/native_reference.py" "$scratch/"
 
 packages=$("$python" -c 'import os, sys; print(os.pathsep.join(p for p in sys.path if p.endswith("-packages")))')
 export PYTHONPATH=$scratch:$packages PYTHONMALLOC=malloc PYTHONDONTWRITEBYTECODE=1

@@ -1,4 +1,4 @@
-"""python tests/programs/lay_out_properties.py
+"""python tests/gossip/programs/lay_out_properties.py
 
 However many mailboxes, of whatever capacities: payloads are page-aligned, no header or payload shares a byte with
 anything else, each control word has a cache line of its own, and all lies inside the window, which has no gap

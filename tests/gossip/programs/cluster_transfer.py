@@ -1,4 +1,4 @@
-"""mpirun -n 3 python tests/programs/cluster_transfer.py --mbytes 4 --transfers 10
+"""mpirun -n 3 python tests/gossip/programs/cluster_transfer.py --mbytes 4 --transfers 10
 
 Rank 0 sends messages of `--mbytes` MB to every other rank in turn, `--transfers` times, and all check what they
 received; then comes an Allreduce of the same size. Rank 0 prints, as one line of JSON, the host of each rank, the

@@ -12,13 +12,14 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from gala_mpi import _native
 from gala_mpi.config import RecordConfig
 from gala_mpi.storage.recorder import Recorder
 from gala_mpi.storage.run_folder import rank_file
 
-ANALYSIS = Path(__file__).resolve().parent.parent / "analysis"
+ANALYSIS = ROOT / "analysis"
 DIMENSION = 4
 
 

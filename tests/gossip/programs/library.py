@@ -1,4 +1,4 @@
-"""mpirun -n N python -m mpi4py tests/programs/library.py [--raise]
+"""mpirun -n N python -m mpi4py tests/gossip/programs/library.py [--raise]
 
 What a user of gala_mpi.Gossip may rely on. Every rank runs all scenarios in turn, each an invariant under its name;
 rank 0 prints `ok NAME` when all ranks have come through. A failed assertion ends the job, by `-m mpi4py`.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cluster import NAMESPACES, Cluster
-from conftest import Mpi, finish
+from conftest import ROOT, Mpi, finish
 
 PROGRAMS = Path(__file__).parent / "programs"
 TRANSFER = str(PROGRAMS / "cluster_transfer.py")
@@ -147,7 +147,7 @@ def test_a_dead_session_leaves_nothing_behind_and_a_living_one_is_left_alone(clu
         "while cluster.pids('node0') != [child.pid]: time.sleep(0.01)\n"
         "print(child.pid, flush=True); time.sleep(60)"
     )
-    folder = str(Path(__file__).parent)
+    folder = str(ROOT / "tests")
     with subprocess.Popen([sys.executable, "-c", program, folder], stdout=subprocess.PIPE, text=True) as session:
         try:
             child = int(session.stdout.readline())

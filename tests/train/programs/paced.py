@@ -1,4 +1,4 @@
-"""gala-mpi train at a set pace: mpirun -n 3 python tests/programs/paced.py 0.02 --preset cartpole
+"""gala-mpi train at a set pace: mpirun -n 3 python tests/train/programs/paced.py 0.02 --preset cartpole
 
 The first argument is the pause after each update, in seconds, so that runs last as long on any machine. With
 NAN_AT=RANK:UPDATE in the environment the parameters of that rank (or of all) turn NaN at that update, by its

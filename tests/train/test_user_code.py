@@ -23,7 +23,7 @@ SHORT, LONG = ("--total-steps", "4000"), ("--total-steps", "1_000_000_000")
 
 def doing(task: str, rank: int | None = None) -> dict[str, str]:
     """The environment of a launch whose task does something in the wrong place."""
-    found = {"PYTHONPATH": str(ROOT / "tests" / "programs"), "TASK": task}
+    found = {"PYTHONPATH": str(ROOT / "tests" / "train" / "programs"), "TASK": task}
     return found if rank is None else found | {"TASK_RANK": str(rank)}
 
 

@@ -1,4 +1,4 @@
-"""mpirun -n 3 python tests/programs/stress_mailbox.py --exchanges 7000 --delivery background
+"""mpirun -n 3 python tests/gossip/programs/stress_mailbox.py --exchanges 7000 --delivery background
 
 Every rank sends and receives at once, and checks every message that it takes:
 

@@ -18,10 +18,10 @@ import h5py
 import numpy as np
 import pytest
 from cluster import Cluster
-from conftest import Mpi, finish, kill, rank_process
+from conftest import ROOT, Mpi, finish, kill, rank_process
 from test_training import rows
 
-PACED = str(Path(__file__).parent / "programs" / "paced.py")
+PACED = str(ROOT / "tests" / "train" / "programs" / "paced.py")
 # 64 steps in 20 ms or more: some 7 s for three ranks, 10 s for two. Alone, the budget outlasts what happens to ranks.
 BUDGET = 55_000
 ARGS = ("--preset", "cartpole", "--flush-every-s", "0.2", "--record-every", "1", "--total-steps", str(BUDGET))

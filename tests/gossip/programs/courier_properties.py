@@ -1,4 +1,4 @@
-"""mpirun -n 1 python tests/programs/courier_properties.py CHECK [--broken KIND]
+"""mpirun -n 1 python tests/gossip/programs/courier_properties.py CHECK [--broken KIND]
 
 Properties of the background outbox and of its courier, against a window that is none: its requests complete when the
 check says so, and any of its calls can fail. The window itself asserts the order that the mailbox needs.
