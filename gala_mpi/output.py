@@ -44,12 +44,13 @@ def _of_process(descriptor: int) -> TextIO:
 
 def say(text: str) -> None:
     """Print to standard output, at once."""
-    print(text, file=stdout(), flush=True)
+    print(f"{text}\n", end="", file=stdout(), flush=True)
 
 
 def complain(text: str) -> None:
     """Print to standard error, at once."""
-    print(text, file=stderr(), flush=True)
+    # With its end in one piece: launchers join the lines of several ranks.
+    print(f"{text}\n", end="", file=stderr(), flush=True)
 
 
 class _Guarded(io.FileIO):

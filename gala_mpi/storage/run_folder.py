@@ -73,16 +73,6 @@ def holds_a_run(folder: Path) -> bool:
     return any(folder.glob("rank-*.h5")) or any((folder / name).exists() for name in OF_A_RUN)
 
 
-def never_began(folder: Path) -> bool:
-    """Whether a start made the folder, and ended before its first step: there are neither metrics nor checkpoints.
-
-    Such a start was killed, or ended by a library, as it made its simulators. Raises OSError.
-    """
-    if not (folder / RUN_FILE).is_file():
-        return False
-    return not any(folder.glob("rank-*.h5")) and not (folder / "checkpoints").exists()
-
-
 def segments(folder: Path) -> list[int]:
     """The numbers of the segments that left something, ascending."""
     return _segments_of([*folder.iterdir(), *folder.glob("checkpoints/rank-*/segment-*")])

@@ -18,18 +18,16 @@ from gala_mpi.learning.environments import check_environment
 from gala_mpi.mpi.collective import RankFailureError, on_all_ranks
 from gala_mpi.mpi.waiting import Watchdog
 from gala_mpi.stopwatch import profile_table
-from gala_mpi.storage.lease import LEASE_FILE, Lease, LeaseError, check_free
+from gala_mpi.storage.lease import LEASE_FILE, Lease
 from gala_mpi.storage.resume import check_changes
 from gala_mpi.storage.run_folder import (
     RunInfo,
     create_run,
     discard_run,
     holds_a_run,
-    never_began,
     reopen_run,
     run_id_of,
     saved_config,
-    segments,
 )
 from gala_mpi.train.signals import StopRequest, settle
 from gala_mpi.user_code import END_OF_PROCESS, let_go
@@ -138,15 +136,6 @@ def _leave(comm: MPI.Intracomm, code: int, *, speaks: bool) -> NoReturn:
 def _read(args: list[str], size: int) -> tuple[TrainConfig, list[str]]:
     """The configuration, checked, and what has changed in it since the run that it resumes."""
     config = check(parse(args), size)
-    out = config.record.out
-    if out is not None and never_began(out):
-        try:
-            check_free(out, max(segments(out), default=0))
-        except LeaseError as error:
-            raise ConfigError("out", str(out), f"a folder in which no other run begins just now; {error}") from error
-        # As a segment of what was begun: so of two such starts at once one is refused.
-        config = replace(config, run=replace(config.run, resume=out), record=replace(config.record, out=None))
-        return config, [f"{out} was begun by a start that ended before its first step: begun anew"]
     folder = config.run.resume
     before = None if folder is None else saved_config(folder)
     if folder is None:
@@ -215,7 +204,7 @@ def check(config: TrainConfig, size: int) -> TrainConfig:
                 raise ConfigError("out", str(out), f"a path of at most {LONGEST_FOLDER} bytes: names come below it")
             if out.exists() and not out.is_dir():
                 raise ConfigError("out", str(out), "a folder, not a file")
-            if out.is_dir() and holds_a_run(out) and not never_began(out):
+            if out.is_dir() and holds_a_run(out):
                 raise ConfigError("out", str(out), "a folder that holds no run yet (--resume goes on with one)")
     return config
 
@@ -253,7 +242,9 @@ def _farewell(summary: Summary, info: RunInfo, config: TrainConfig, *, taken_ove
     if taken_over or not info.folder.is_dir():
         onward = ""
     elif summary.stopped or left > 0:
-        onward = f"; go on with --resume {info.folder}"
+        # A module is imported only if the command line names it.
+        env = config.environment.env
+        onward = f"; go on with --resume {info.folder}" + (f" --env {env}" if ":" in env else "")
     else:
         onward = "" if summary.new_steps else f"; all {config.run.total_steps:,} steps were taken before: --total-steps"
     steps = f"{summary.total_steps:,} steps" + (f", {summary.new_steps:,} of them" if info.segment else "")

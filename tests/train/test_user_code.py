@@ -141,16 +141,14 @@ def test_a_thread_that_ends_the_program_is_told(one_mpi: Mpi, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("task", ["constructor:exit in C", "reset:kill"])
-def test_a_start_that_is_ended_before_its_first_step_can_be_made_again(one_mpi: Mpi, task: str, tmp_path: Path) -> None:
-    """By the same command: what nobody has trained is nobody's run."""
-    args = (*TRAIN, *SHORT, "--out", str(tmp_path / "run"))
-    assert one_mpi.run(2, *args, env=doing(task), timeout_s=90).returncode not in (0, 2)
-    assert (tmp_path / "run" / "run.json").exists()
-    again = one_mpi.run(2, *args, env=doing(""), timeout_s=90)
-    assert again.returncode == 0, again.stderr
-    assert "begun anew" in again.stdout
-    taken = one_mpi.run(1, *args, env=doing(""), timeout_s=90)
-    assert taken.returncode == 2 and "a folder that holds no run yet" in taken.stderr
+def test_a_start_that_is_ended_from_outside_can_be_gone_on_with(one_mpi: Mpi, task: str, tmp_path: Path) -> None:
+    """Nothing of ours runs any more that could take the folder away: a refusal says what to do."""
+    run = tmp_path / "run"
+    assert one_mpi.run(2, *TRAIN, *SHORT, "--out", str(run), env=doing(task), timeout_s=90).returncode not in (0, 2)
+    again = one_mpi.run(2, *TRAIN, *SHORT, "--out", str(run), env=doing(""), timeout_s=90)
+    assert again.returncode == 2 and "(--resume goes on with one)" in again.stderr, again.stderr
+    anew = one_mpi.run(2, *TRAIN, *SHORT, "--resume", str(run), env=doing(""), timeout_s=90)
+    assert anew.returncode == 0 and "the run begins anew" in anew.stderr, anew.stderr
 
 
 @pytest.mark.parametrize("task", ["reset:set torch", "step:close output"])
