@@ -21,7 +21,7 @@ from gala_mpi.learning.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.mpi.window import library_version
 from gala_mpi.storage.checkpoint import CheckpointError, CheckpointFolder
 from gala_mpi.train.signals import hear_again
-from gala_mpi.user_code import kind_and_text
+from gala_mpi.user_code import SimulatorError, kind_and_text
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -103,6 +103,9 @@ def within_memory(make: Callable[[], T]) -> T:
     """What `make` gives. Raises UsageError if there is no memory for it."""
     try:
         return make()
+    except SimulatorError:
+        # Its text may speak of memory too, and is the environment's.
+        raise
     except (MemoryError, RuntimeError) as error:
         # torch has no exception of its own for it.
         if isinstance(error, RuntimeError) and not re.search("memory|too large|overflow", str(error)):
