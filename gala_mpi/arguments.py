@@ -13,6 +13,14 @@ from gala_mpi import settings
 from gala_mpi.config import UsageError
 
 T = TypeVar("T")
+# What the parser says, and what is said instead.
+CLEARER = (
+    (
+        r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)",
+        r"\1: \2 cannot be used; expected an integer such as 1_000_000",
+    ),
+    (r"^Missing value for argument '(\S+)'\. .*", r"\1: no value is given; expected one"),
+)
 
 
 def parse(options: type[T], command: str, description: str, args: list[str], default: T | None = None) -> T:
@@ -23,11 +31,13 @@ def parse(options: type[T], command: str, description: str, args: list[str], def
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return _tyro(options, command, description, args, default)
     except SystemExit as error:
-        line = re.sub(
-            r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)",
-            r"\1: \2 cannot be used; expected an integer such as 1_000_000",
-            _one_line(said.getvalue()),
-        )
+        lines = _lines(said.getvalue())
+        if missing := _missing(lines, settings.sections(options)):
+            usage = settings.usage(command, settings.sections(options))
+            raise UsageError(f"{' and '.join(missing)}: not given; {usage}") from error
+        line = " ".join(lines)
+        for pattern, ours in CLEARER:
+            line = re.sub(pattern, ours, line)
         raise UsageError(f"{line} (see gala-mpi {command} --help)") from error
 
 
@@ -57,9 +67,18 @@ def _tyro(options: type[T], command: str, description: str, args: list[str], def
     return cast(T, made)
 
 
-def _one_line(box: str) -> str:
+def _missing(lines: list[str], found: list[settings.Section]) -> list[str]:
+    """The settings that the parser misses. Each stands at the beginning of a line, before its meaning."""
+    if not lines or not lines[0].startswith("Missing from"):
+        return []
+    first_words = {line.partition(" ")[0] for line in lines}
+    needed = [setting.name for section in found for setting in section.settings if setting.required]
+    return [name for name in needed if name in first_words]
+
+
+def _lines(box: str) -> list[str]:
     """The message of a parser's error box: the lines between its title and the next rule."""
     lines = [re.sub(r"^[\s│|]+|[\s│|]+$", "", line) for line in box.splitlines()]
     rules = [index for index, line in enumerate(lines) if re.fullmatch(r"[─╭╮╰╯-]{5,}", line)]
     body = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
-    return " ".join(line for line in body if line)
+    return [line for line in body if line]

@@ -37,6 +37,11 @@ class Setting:
         """The option with its values."""
         return f"{self.name} {self.values}".rstrip()
 
+    @property
+    def required(self) -> bool:
+        """Whether the command cannot do without it."""
+        return self.default == REQUIRED or not self.name.startswith("-")
+
 
 @dataclass(frozen=True)
 class Section:
@@ -60,11 +65,16 @@ def sections(options: type, default: object | None = None) -> list[Section]:
     return [_section("options", default)]
 
 
+def usage(command: str, found: Sequence[Section]) -> str:
+    """How the command is called: with what it needs, then with what it may be given."""
+    needed = " ".join(setting.option for section in found for setting in section.settings if setting.required)
+    return f"usage: gala-mpi {command} {needed} [OPTIONS]".replace("  ", " ")
+
+
 def help_text(command: str, description: str, found: Sequence[Section]) -> str:
     """What `gala-mpi COMMAND --help` prints."""
     width = min(shutil.get_terminal_size().columns, WIDEST)
-    positional = " ".join(s.name for section in found for s in section.settings if not s.name.startswith("-"))
-    lines = [f"usage: gala-mpi {command} {positional} [OPTIONS]".replace("  ", " "), "", description]
+    lines = [usage(command, found), "", description]
     for section in found:
         lines += ["", f"{section.name}: {section.meaning}"]
         for setting in section.settings:

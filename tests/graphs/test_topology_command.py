@@ -66,8 +66,10 @@ def test_json_holds_the_measures_and_rebuilds_the_graph(tmp_path: Path) -> None:
     ("args", "named"),
     [
         (["moebius", "--size", "4"], "'moebius' cannot be used; expected one of ring, "),
-        (["ring"], "--size"),
-        (["--size", "4"], "NAME"),
+        ([], " NAME and --size: not given; usage: gala-mpi topology NAME --size INTEGER [OPTIONS]\n"),
+        (["ring"], " --size: not given; usage: "),
+        (["--size", "4"], " NAME: not given; usage: "),
+        (["ring", "--size"], " --size: no value is given; expected one (see "),
         (["ring", "--size", "0"], "--size: 0 "),
         (["ring", "--size", "4097"], "from 1 to 4096"),
         (["ring", "--size", "four"], "--size"),
@@ -91,6 +93,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args: list[str], named: str, tmp_
 
 def test_help_names_every_kind() -> None:
     said = " ".join(command("--help").stdout.split())
+    assert said.startswith("usage: gala-mpi topology NAME --size INTEGER [OPTIONS] ")
     assert all(name in said for name in TOPOLOGIES)
 
 
