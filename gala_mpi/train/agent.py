@@ -130,7 +130,7 @@ class Agent:
             total_steps=self._board.total_steps,
             new_steps=self._board.total_steps - self._steps_before,
             seconds=self._now_s() - began_s,
-            stopped=stop.reason or ("another rank asked for it" if self._board.stop_requested else None),
+            stopped=self._why_stopped(stop),
             overview=self._board.overview(),
             speaker=self._board.speaker,
             lost=lost,
@@ -139,6 +139,14 @@ class Agent:
             profile=dict(self._stopwatch.seconds),
             unwritten=self._board.unwritten,
         )
+
+    def _why_stopped(self, stop: StopRequest) -> str | None:
+        """Why the run ended before its budget was spent; None if it did not, or by its time limit."""
+        # Who ends by an error asks all others to stop: the error is the reason, on whichever rank this is said.
+        if failed := self._board.failed:
+            ranks = ", ".join(map(str, failed))
+            return f"{'rank' if len(failed) == 1 else 'ranks'} {ranks} ended by an error, see above"
+        return stop.reason or ("another rank asked for it" if self._board.stop_requested else None)
 
     def _save(self) -> None:
         """Write a checkpoint of the run as it is now."""

@@ -90,6 +90,7 @@ def test_a_simulator_that_raises_ends_all_ranks_with_checkpoints(mpi: Mpi, excha
     assert done.returncode == 1, done.stderr
     assert "[2/3] RuntimeError: the simulator broke" in done.stderr
     assert "--resume goes on" in done.stderr and "ranks that ended by an error: 2" in done.stdout
+    assert "stopped (rank 2 ended by an error, see above): " in done.stdout and "another rank" not in done.stdout
     assert_closed(run, 3, failed={2})
     for rank in range(2):
         # Not only the one of the beginning.

@@ -94,6 +94,7 @@ def test_a_program_that_is_ended_in_a_step_can_be_gone_on_with(one_mpi: Mpi, tas
     assert done.returncode == 1, done.stderr
     assert "simulator 3 of this rank would have ended the program" in done.stderr
     assert "in here" in done.stderr and "ranks that ended by an error: 0" in done.stdout
+    assert "stopped (rank 0 ended by an error, see above): " in done.stdout
     again = one_mpi.run(1, *TRAIN[:3], "--env", TRAIN[4], "--resume", str(run), env=doing(""), timeout_s=90)
     assert again.returncode == 0, again.stderr
 
