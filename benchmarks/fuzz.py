@@ -337,8 +337,8 @@ def whole_file(folder: Path) -> bytes:
     recorder = Recorder(path, {**about, "resumed": resumed}, RecordConfig(sketch_dimension=4), 1)
     for table in TABLES:
         for row in range(20):
-            values = [np.ones(4) if column.name == "sketch" else row for column in table.columns]
-            recorder.append(table.name, tuple(values))
+            values = {column.name: np.ones(4) if column.name == "sketch" else row for column in table.columns}
+            recorder.append(table.name, **values)
     recorder.close()
     return path.read_bytes()
 

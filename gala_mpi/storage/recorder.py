@@ -47,6 +47,7 @@ class Recorder:
         scratch.unlink(missing_ok=True)
         self._datasets: dict[str, Any] = {}
         self._rows: dict[str, list[tuple[Any, ...]]] = {}
+        self._columns: dict[str, dict[str, None]] = {}
         try:
             self._file = h5py.File(scratch, "x", libver=("v110", "v110"), locking=False)
             self._lay_out(attributes, config, seed)
@@ -79,13 +80,20 @@ class Recorder:
             dataset.attrs["row"] = table.row_is
             dataset.attrs["meaning"] = json.dumps({column.name: column.meaning for column in table.columns})
             self._datasets[table.name], self._rows[table.name] = dataset, []
+            self._columns[table.name] = dict.fromkeys(column.name for column in table.columns)
         self._datasets["sketches"].attrs.update(
             {"interval_s": config.sketch_every_s, "seed": seed, "dimension": config.sketch_dimension}
         )
 
-    def append(self, table: str, row: tuple[Any, ...]) -> None:
-        """Add a row, in the order of the table's columns; it reaches the file with the next flush."""
-        self._rows[table].append(row)
+    def append(self, table: str, /, **row: Any) -> None:
+        """Add a row, which gives each column of the table its value; it reaches the file with the next flush.
+
+        Raises ValueError for a column that is left out, or that the table does not have.
+        """
+        names = self._columns[table]
+        if row.keys() != names.keys():
+            raise ValueError(f"a row of {table} differs from its columns in {sorted(row.keys() ^ names.keys())}")
+        self._rows[table].append(tuple([row[name] for name in names]))
 
     def flush_if_due(self) -> None:
         """Flush if the flush interval has passed."""

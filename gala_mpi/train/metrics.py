@@ -74,44 +74,38 @@ class Metrics:
     def note_episodes(self, time_s: float, update: int, agent_steps: int, episodes: list[Episode]) -> None:
         """A row for each finished episode."""
         for episode in episodes:
-            row = (time_s, update, agent_steps, episode.env_index, episode.episode_return, episode.length)
-            self._recorder.append("episodes", row)
+            self._recorder.append("episodes", time_s=time_s, update=update, agent_steps=agent_steps, **vars(episode))
 
     def note_update(self, time_s: float, update: int, agent_steps: int, losses: Losses) -> None:
-        """A row of the update, of the profile and of each in-neighbour."""
-        counters, when = self._exchange.counters, (time_s, update)
-        entropy, value_loss = float(losses.entropy), float(losses.value_loss)
-        explained_variance = float(losses.explained_variance)
+        """A row of the update, of the profile and of each in-neighbour.
+
+        The fields of `Losses` and of `ExchangeCounters` are columns of `updates`, by the same names.
+        """
+        when: dict[str, Any] = {"time_s": time_s, "update": update}
+        learned = {name: float(term) for name, term in vars(losses).items()}
         if self._watch is not None:
-            self._watch.note(update, explained_variance=explained_variance, entropy=entropy, value_loss=value_loss)
+            watched = {name: learned[name] for name in ("explained_variance", "entropy", "value_loss")}
+            self._watch.note(update, **watched)
         self._recorder.append(
             "updates",
-            (
-                *when,
-                agent_steps,
-                float(losses.policy_loss),
-                value_loss,
-                entropy,
-                float(losses.grad_norm),
-                float(losses.update_norm),
-                explained_variance,
-                self._stopwatch.sum(*ROLLOUT),
-                self._stopwatch.sum(*LEARN),
-                counters.exchange_s,
-                counters.wait_s,
-                counters.messages_sent,
-                counters.messages_mixed,
-                counters.messages_dropped,
-                counters.messages_rejected,
-                counters.divergences,
-                counters.staleness,
-                counters.message_age_s,
-                counters.neighbour_distance,
-            ),
+            **when,
+            agent_steps=agent_steps,
+            rollout_s=self._stopwatch.sum(*ROLLOUT),
+            learn_s=self._stopwatch.sum(*LEARN),
+            **learned,
+            **vars(self._exchange.counters),
         )
-        self._recorder.append("profile", (*when, *self._stopwatch.seconds.values()))
+        self._recorder.append("profile", **when, **{f"{part}_s": s for part, s in self._stopwatch.seconds.items()})
         for n in self._exchange.in_neighbours:
-            self._recorder.append("neighbours", (*when, n.rank, n.staleness, n.message_age_s, n.distance, n.lost))
+            self._recorder.append(
+                "neighbours",
+                **when,
+                rank=n.rank,
+                staleness=n.staleness,
+                message_age_s=n.message_age_s,
+                distance=n.distance,
+                lost=n.lost,
+            )
 
     def sketch_if_due(self, time_s: float, update: int) -> None:
         """Sketch the parameters at the first update after each instant t0 + k * interval, on all ranks alike."""
@@ -120,4 +114,4 @@ class Metrics:
             self._next_sketch = instant + 1
             sketch = np.zeros(self._record.sketch_dimension, np.float32)
             squared = _native.sketch(self._flat.host(), sketch, self._seed)
-            self._recorder.append("sketches", (time_s, update, math.sqrt(squared), sketch))
+            self._recorder.append("sketches", time_s=time_s, update=update, norm=math.sqrt(squared), sketch=sketch)

@@ -40,8 +40,9 @@ def write_rank(
     return Recorder(folder / name if name else rank_file(folder, rank, segment), attributes, config, seed=1)
 
 
-def episode(recorder: Recorder, time_s: float, steps: int, episode_return: float) -> None:
-    recorder.append("episodes", (time_s, 1, steps, 0, episode_return, 10))
+def episode(recorder: Recorder, time_s: float, steps: int, episode_return: float, update: int = 1) -> None:
+    row = {"time_s": time_s, "agent_steps": steps, "episode_return": episode_return}
+    recorder.append("episodes", **row, update=update, env_index=0, length=10)
 
 
 def run_script(script: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -97,7 +98,7 @@ def test_consensus_distances_are_those_worked_out_by_hand(tmp_path: Path) -> Non
     for rank, sketches in rows.items():
         recorder = write_rank(run, rank)
         for time_s, values in sketches:
-            recorder.append("sketches", (time_s, 5, 1.0, np.array(values, np.float32)))
+            recorder.append("sketches", time_s=time_s, update=5, norm=1.0, sketch=np.array(values, np.float32))
         recorder.close()
     done = run_script("consensus.py", run)
     assert done.returncode == 0, done.stderr
@@ -224,7 +225,7 @@ def test_drawings_come_out_whatever_the_environment_holds(script: str, tmp_path:
     for rank in range(2):
         recorder = write_rank(run, rank)
         episode(recorder, 1.0, 100, 10.0)
-        recorder.append("sketches", (1.0, 1, 1.0, np.full(4, rank, np.float32)))
+        recorder.append("sketches", time_s=1.0, update=1, norm=1.0, sketch=np.full(4, rank, np.float32))
         recorder.close()
     environment = {"MPLBACKEND": "module://not_here.backend", "HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-W", "error", str(ANALYSIS / script), str(run), "--out=~/figures"]
@@ -262,7 +263,7 @@ def test_rows_are_void_only_where_a_rank_went_on_from_before_them(tmp_path: Path
         for rank in range(2):
             recorder = write_rank(run, rank, segment=segment, **({"resumed": resumed} if resumed else {}))
             for update in updates:
-                recorder.append("episodes", (float(update), update, 10 * update, 0, 1.0, 10))
+                episode(recorder, float(update), 10 * update, 1.0, update)
             recorder.close()
     done = run_script("learning_curves.py", run)
     assert done.returncode == 0, done.stderr

@@ -156,7 +156,7 @@ def test_attributes_that_no_run_writes_are_refused(name: str, value: object, tmp
 def test_sketches_that_no_run_draws_are_refused(wrong: str, tmp_path: Path) -> None:
     for rank, length in ((0, 4), (1, 8 if wrong == "length" else 4)):
         recorder = write_rank(tmp_path / "run", rank, dimension=length)
-        recorder.append("sketches", (1.0, 1, 1.0, np.ones(length, np.float32)))
+        recorder.append("sketches", time_s=1.0, update=1, norm=1.0, sketch=np.ones(length, np.float32))
         recorder.close()
     with h5py.File(tmp_path / "run" / "rank-00000.h5", "r+") as file:
         if wrong != "length":

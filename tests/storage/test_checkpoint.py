@@ -386,6 +386,7 @@ from gala_mpi.storage.checkpoint import CheckpointFolder, read
 from gala_mpi.config import RecordConfig
 from gala_mpi.storage.recorder import Recorder
 from gala_mpi.storage.run_folder import rank_file
+row = {"time_s": 0.0, "agent_steps": 1, "env_index": 0, "episode_return": 1.0, "length": 1}
 run, segment = Path(sys.argv[1]), int(sys.argv[2])
 facts = replace(read(run / "facts.safetensors", 10**6).facts, segment=segment)
 recorder = Recorder(rank_file(run, 0, segment), {"segment": segment}, RecordConfig(), 1)
@@ -393,7 +394,7 @@ folder = CheckpointFolder(run, 0, 3)
 print("writing", flush=True)
 for number in range(1, 1 << 60):
     for _ in range(20):
-        recorder.append("episodes", (0.0, number, number, 0, 1.0, 1))
+        recorder.append("episodes", **row, update=number)
     recorder.flush()
     about = replace(facts, update=number)
     folder.save({"big": np.full(50_000, number, np.float32)}, about, best=number % 3 == 0)

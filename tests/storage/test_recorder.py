@@ -29,12 +29,16 @@ recorder = Recorder(Path(sys.argv[1]), {"run_id": "x"}, config, seed=1)
 n = 0
 while True:
     n += 1
-    recorder.append("episodes", (time.time(), n, 10 * n, 0, float(n), n))
+    row = {"update": n, "agent_steps": 10 * n, "env_index": 0, "episode_return": float(n), "length": n}
+    recorder.append("episodes", time_s=time.time(), **row)
     recorder.flush_if_due()
     if n % 10 == 0:
         print(n, time.time(), flush=True)
     time.sleep(0.001)
 """
+
+
+EPISODE = {"time_s": 0.0, "update": 1, "agent_steps": 1, "env_index": 0, "episode_return": 1.0, "length": 1}
 
 
 def open_for_reading(path: Path) -> h5py.File:
@@ -99,7 +103,7 @@ def test_a_reader_follows_a_live_run(tmp_path: Path) -> None:
 def test_the_file_follows_the_schema(tmp_path: Path) -> None:
     path = rank_file(tmp_path, 3)
     recorder = Recorder(path, {"rank": 3, "config": {"a": {"b": 1}}}, RecordConfig(sketch_dimension=16), seed=5)
-    recorder.append("sketches", (0.5, 1, 2.0, np.arange(16, dtype=np.float32)))
+    recorder.append("sketches", time_s=0.5, update=1, norm=2.0, sketch=np.arange(16, dtype=np.float32))
     recorder.close()
     assert path.name == "rank-00003.h5"
     with h5py.File(path, "r") as file:
@@ -124,11 +128,25 @@ def test_an_existing_file_is_never_touched(tmp_path: Path) -> None:
     assert path.read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("change", ["a column less", "a column more"])
+def test_a_row_has_a_value_for_each_column_and_no_other(tmp_path: Path, change: str) -> None:
+    recorder = Recorder(rank_file(tmp_path, 0), {}, RecordConfig(), seed=1)
+    row = {**EPISODE, "lives": 3} if change == "a column more" else {k: v for k, v in EPISODE.items() if k != "length"}
+    named = "lives" if change == "a column more" else "length"
+    with pytest.raises(ValueError, match=rf"a row of episodes differs from its columns in \['{named}'\]"):
+        recorder.append("episodes", **row)
+    # In whatever order they are given.
+    recorder.append("episodes", **dict(reversed({**EPISODE, "length": 7}.items())))
+    recorder.close()
+    with h5py.File(rank_file(tmp_path, 0), "r") as file:
+        assert file["episodes"][:].tolist() == [(0.0, 1, 1, 0, 1.0, 7)]
+
+
 def test_rows_reach_the_file_only_with_a_flush_and_then_all(tmp_path: Path) -> None:
     path = rank_file(tmp_path, 0)
     recorder = Recorder(path, {}, RecordConfig(flush_every_s=3600), seed=1)
     for n in range(1000):
-        recorder.append("episodes", (0.0, n, n, 0, 1.0, 1))
+        recorder.append("episodes", **{**EPISODE, "update": n})
         recorder.flush_if_due()
     with open_for_reading(path) as file:
         assert len(file["episodes"]) == 0

@@ -28,6 +28,7 @@ from gala_mpi.mpi.waiting import wait_until
 from gala_mpi.storage.checkpoint import CheckpointError, CheckpointFolder, read
 from gala_mpi.storage.recorder import Recorder
 from gala_mpi.storage.run_folder import rank_file
+from gala_mpi.storage.schema import TABLES
 
 TRAIN = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--record-every", "1", "--flush-every-s", "0.2")
 LONG = ("--total-steps", "100_000_000")
@@ -72,6 +73,10 @@ def faulty(self, actions):
 environments.Simulators.step = faulty
 sys.exit(cli.train(sys.argv[1:]))
 """
+
+
+# A row of each table.
+ZEROS = {table.name: {column.name: 0 for column in table.columns} for table in TABLES}
 
 
 def run_faulty(mpi: Mpi, fault: str, size: int, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -298,7 +303,7 @@ def test_a_quota_that_is_reached_is_as_a_full_disk(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as quota:
         quota.setattr(os, "posix_fallocate", no_more)
         for count in range(1, 101):
-            recorder.append("episodes", (0.0, count, count, 0, 1.0, 1))
+            recorder.append("episodes", **{**ZEROS["episodes"], "update": count})
             assert not recorder.flush()
     assert list(tmp_path.iterdir()) == [path]
     assert recorder.close()
@@ -311,13 +316,15 @@ import sys
 from pathlib import Path
 from gala_mpi.config import RecordConfig
 from gala_mpi.storage.recorder import Recorder
+from gala_mpi.storage.schema import TABLES
+zeros = {table.name: {column.name: 0 for column in table.columns} for table in TABLES}
 recorder, count = Recorder(Path(sys.argv[1]), {}, RecordConfig(), 1), 0
 print("ready", flush=True)
 for line in sys.stdin:
     for _ in range(500):
         count += 1
-        recorder.append("episodes", (0.0, count, count, 0, 1.0, 1))
-        recorder.append("updates", (0.0, count, *[0] * 19))
+        for table in ("episodes", "updates"):
+            recorder.append(table, **{**zeros[table], "update": count})
     print(int(recorder.flush() if line == "flush\\n" else recorder.close()), flush=True)
 """
 
