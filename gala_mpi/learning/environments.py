@@ -265,6 +265,8 @@ def make_simulators(config: EnvironmentConfig, threads: int) -> Simulators:
         # In this process: MPI forbids forking after its start, and processes of flat tasks cost more than they give.
         vector_env = SerialVectorEnv([lambda: gymnasium.make(config.env)] * config.simulators)
     if lacking := check_spaces(vector_env.single_observation_space, vector_env.single_action_space):
+        with contextlib.suppress(Exception):
+            vector_env.close()
         raise ConfigError("env", config.env, lacking)
     return Simulators(vector_env)
 

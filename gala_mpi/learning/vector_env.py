@@ -21,6 +21,8 @@ from gymnasium.vector.utils import batch_space
 from gala_mpi.user_code import SimulatorError, summary, user_code
 
 FLAGS, NUMBERS = "biu", "biuf"
+# What Gymnasium's methods give.
+RESET, STEP = ("observation", "info"), ("observation", "reward", "terminated", "truncated", "info")
 
 Array = npt.NDArray[Any]
 
@@ -37,24 +39,35 @@ class SerialVectorEnv(VectorEnv[Any, Any, Any]):
     def __init__(self, makers: Sequence[Callable[[], gymnasium.Env[Any, Any]]]) -> None:
         self.envs: list[gymnasium.Env[Any, Any]] = []
         try:
+            self._take_spaces(self._make(makers))
+        except BaseException:
+            # Their threads and windows would outlive what is refused.
+            with contextlib.suppress(Exception):
+                self.close_extras()
+            raise
+        self.spec = self.envs[0].spec
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def _make(self, makers: Sequence[Callable[[], gymnasium.Env[Any, Any]]]) -> list[tuple[Any, Any]]:
+        """Make the environments; the spaces of each, to see and to act."""
+        try:
             with user_code(lambda: f"making simulator {len(self.envs)} of this rank"):
                 for make in makers:
                     self.envs.append(make())
-                spaces = [(env.observation_space, env.action_space) for env in self.envs]
-        except BaseException as error:
+                return [(env.observation_space, env.action_space) for env in self.envs]
+        except SimulatorError:
+            raise
+        except Exception as error:
             number = len(self.envs)
-            with contextlib.suppress(Exception):
-                self.close_extras()
-            if isinstance(error, SimulatorError) or not isinstance(error, Exception):
-                raise
             raise SimulatorError(f"simulator {number} of this rank cannot be made ({summary(error)})") from error
-        self.num_envs = len(self.envs)
-        self.spec = self.envs[0].spec
-        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
-        self.single_observation_space, self.single_action_space = spaces[0]
+
+    def _take_spaces(self, spaces: list[tuple[Any, Any]]) -> None:
+        """Set this environment's spaces. Raises SimulatorError if those of its environments differ."""
         for index, others in enumerate(spaces):
             if others != spaces[0]:
                 raise SimulatorError(f"simulator {index} of this rank has other spaces than simulator 0: {others}")
+        self.num_envs = len(spaces)
+        self.single_observation_space, self.single_action_space = spaces[0]
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
@@ -68,7 +81,7 @@ class SerialVectorEnv(VectorEnv[Any, Any, Any]):
             with user_code(lambda: f"simulator {index} of this rank"):
                 for index, env in enumerate(self.envs):
                     found = env.reset(seed=seeds[index] if seeds else None, options=options)
-                    self._keep(observations, index, _parts(found, index, "reset", ("observation", "info"))[0])
+                    self._keep(observations, index, "reset", _parts(found, index, "reset", RESET)[0])
         except SimulatorError:
             raise
         except Exception as error:
@@ -81,11 +94,10 @@ class SerialVectorEnv(VectorEnv[Any, Any, Any]):
         observations, rewards = self._room(), np.zeros(count)
         terminated, truncated = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
         finals: Array | None = None
-        names = ("observation", "reward", "terminated", "truncated", "info")
         with user_code(lambda: f"simulator {index} of this rank"):
             for index, env in enumerate(self.envs):
-                seen, reward, ended, cut, _ = _parts(env.step(actions[index]), index, "step", names)
-                self._keep(observations, index, seen)
+                seen, reward, ended, cut, _ = _parts(env.step(actions[index]), index, "step", STEP)
+                self._keep(observations, index, "step", seen)
                 rewards[index] = reward if type(reward) is float else _scalar("a reward", reward, index, NUMBERS)
                 terminated[index] = ended if type(ended) is bool else _flag("terminated", ended, index)
                 truncated[index] = cut if type(cut) is bool else _flag("truncated", cut, index)
@@ -93,7 +105,7 @@ class SerialVectorEnv(VectorEnv[Any, Any, Any]):
                     if finals is None:
                         finals = np.full(count, None)
                     finals[index] = observations[index].copy()
-                    self._keep(observations, index, _parts(env.reset(), index, "reset", ("observation", "info"))[0])
+                    self._keep(observations, index, "reset", _parts(env.reset(), index, "reset", RESET)[0])
         return observations, rewards, terminated, truncated, {} if finals is None else {"final_obs": finals}
 
     def close_extras(self, **_: Any) -> None:
@@ -112,8 +124,8 @@ class SerialVectorEnv(VectorEnv[Any, Any, Any]):
         space = self.single_observation_space
         return np.empty((self.num_envs, *(space.shape or ())), space.dtype)
 
-    def _keep(self, observations: Array, index: int, seen: object) -> None:
-        """Copy what a simulator shows into its row. Raises SimulatorError if it does not fit."""
+    def _keep(self, observations: Array, index: int, method: str, seen: object) -> None:
+        """Copy what a simulator's method shows into its row. Raises SimulatorError if it does not fit."""
         row = observations[index]
         if type(seen) is np.ndarray and seen.dtype == row.dtype and seen.shape == row.shape:
             row[...] = seen
@@ -122,7 +134,8 @@ class SerialVectorEnv(VectorEnv[Any, Any, Any]):
         if found is None or found.shape != row.shape or not np.can_cast(found.dtype, row.dtype, "same_kind"):
             what = f"{seen!r:.80}" if found is None else f"of shape {found.shape} and type {found.dtype}"
             raise SimulatorError(
-                f"simulator {index} of this rank gave an observation {what}; its space says {row.shape} and {row.dtype}"
+                f"{method} of simulator {index} of this rank gave an observation {what}; its space says {row.shape} "
+                f"and {row.dtype}"
             )
         # What this type cannot hold becomes infinite, and is told with all that is.
         with np.errstate(over="ignore"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from gala_mpi.learning.environments import SimulatorError, Simulators
+from gala_mpi.config import ConfigError, EnvironmentConfig
+from gala_mpi.learning.environments import SimulatorError, Simulators, make_simulators
 from gala_mpi.learning.vector_env import SerialVectorEnv, check_spaces
 from gala_mpi.user_code import EndedProgramError
 
@@ -138,8 +140,26 @@ def test_what_does_not_fit_is_refused_with_the_simulators_number(what: str) -> N
     env = vector(2, gives=changed(place, value))
     env.reset(seed=1)
     env.step(np.zeros(2, np.int64))
-    with pytest.raises(SimulatorError, match=f"simulator 1 of this rank gave {said}"):
+    method = "step of " if place == 0 else "^"
+    with pytest.raises(SimulatorError, match=f"{method}simulator 1 of this rank gave {said}"):
         env.step(np.zeros(2, np.int64))
+
+
+@pytest.mark.parametrize("begins", ["first", "again"])
+def test_an_observation_of_reset_that_does_not_fit_is_told_as_that_of_reset(begins: str) -> None:
+    longer = np.zeros(3, np.float32)
+    resets = itertools.count()
+
+    def gives(_number: int, _step: int, given: tuple[object, ...]) -> tuple[object, ...]:
+        # Two simulators: the third reset is that at the end of the first episode.
+        is_reset = len(given) == 2
+        return (longer, {}) if is_reset and next(resets) == (2 if begins == "again" else 0) else given
+
+    env = vector(2, gives=gives)
+    with pytest.raises(SimulatorError, match=r"^reset of simulator 0 of this rank gave an observation of shape \(3,\)"):
+        env.reset(seed=1)
+        for _ in range(5):
+            env.step(np.zeros(2, np.int64))
 
 
 @pytest.mark.parametrize("observation", [[1.0, 0], (True, False), np.array([1, 0], np.int64), np.array([1.0, 0.0])])
@@ -169,7 +189,7 @@ def test_a_tuple_with_names_is_a_tuple() -> None:
     assert env.step(np.zeros(2, np.int64))[1].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("failing", ["close", "make"])
+@pytest.mark.parametrize("failing", ["close", "make", "spaces"])
 def test_all_that_were_made_are_closed(failing: str) -> None:
     closed: list[int] = []
 
@@ -182,17 +202,39 @@ def test_all_that_were_made_are_closed(failing: str) -> None:
     def make(number: int) -> Closing:
         if failing == "make" and number == 2:
             raise ValueError("no more")
-        return Closing(number)
+        made = Closing(number)
+        if failing == "spaces" and number == 2:
+            made.action_space = Discrete(3)
+        return made
 
     makers = [lambda number=number: make(number) for number in range(3)]
     if failing == "make":
         with pytest.raises(SimulatorError, match="simulator 2 of this rank cannot be made"):
             SerialVectorEnv(makers)
         assert closed == [0, 1]
+    elif failing == "spaces":
+        with pytest.raises(SimulatorError, match="simulator 2 of this rank has other spaces"):
+            SerialVectorEnv(makers)
+        assert closed == [0, 1, 2]
     else:
         with pytest.raises(ValueError, match="the window is gone"):
             SerialVectorEnv(makers).close()
         assert closed == [0, 1, 2]
+
+
+def test_simulators_that_the_learner_cannot_serve_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+
+    class Continuous(Task):
+        action_space = Box(-1, 1, (1,))
+
+        def close(self) -> None:
+            closed.append(self._number)
+
+    monkeypatch.setattr(gymnasium, "make", lambda _env: Continuous(len(closed)))
+    with pytest.raises(ConfigError, match="Discrete actions"):
+        make_simulators(EnvironmentConfig(env="CartPole-v1", simulators=3), threads=1)
+    assert len(closed) == 3
 
 
 def test_what_an_environment_raises_names_its_simulator() -> None:
