@@ -20,7 +20,9 @@ class StallWatch:
     """Warns, once for each sign, when the last 50 rows have shown it, or as many as fall into 500 updates.
 
     Blind: values do not vary with what is seen. Then the explained variance is zero to rounding; in a network that
-    works it is not, however little it explains. Certain: the policy has no doubt about any of its `actions`.
+    works it is not, however little it explains, unless the return does not depend on what is seen. It tells of the
+    critic alone: an actor with a body of its own may be well. Certain: the policy has no doubt about any of its
+    `actions`.
     """
 
     def __init__(self, record_every: int, actions: int) -> None:
@@ -52,7 +54,7 @@ class _Sign:
 
 CERTAIN = (
     "the policy has long been certain of every action (entropy 0): it explores no more, and hardly learns. Unless the "
-    "task is solved: a new run with a higher --entropy-weight, or a lower --learning-rate"
+    "task is solved, start a new run with a higher --entropy-weight, or a lower --learning-rate"
 )
 
 
@@ -63,7 +65,8 @@ def _why_blind(value_loss: float) -> str:
             "are too large to learn from; scale them in a wrapper"
         )
     return (
-        "the value of all observations has long been the same (explained variance 0): probably most of the network is "
-        "dead, and will not learn; what helps: a new run with a lower --learning-rate, or with --learning-rate-scaling "
-        "none; or, if observations are in the thousands, a wrapper that scales them"
+        "the value of all observations has long been the same (explained variance 0). If the return does not depend on "
+        "what is seen, this is as it should be. Else the critic is dead, and perhaps the policy with it: start a new "
+        "run with a lower --learning-rate, or with --learning-rate-scaling none; scale observations that are in the "
+        "thousands in a wrapper"
     )

@@ -123,7 +123,7 @@ READING = {
     "entropy": "begins at the logarithm of the number of actions, and falls slowly. Bad: 0 before the task is solved",
     "grad_norm": "a few times `--max-grad-norm` at most. Bad: far above it for long, 0, or not a number",
     "update_norm": "a small, steady share of the parameters' norm (table `sketches`). Bad: 0, or jumps",
-    "explained_variance": "rises towards 1. Bad: 0 to four digits for hundreds of updates: the network is dead",
+    "explained_variance": "rises towards 1. Bad: 0 to four digits for hundreds of updates: the critic is dead",
     "rollout_s": "grows by the same amount in each update",
     "learn_s": "grows by the same amount in each update",
     "exchange_s": "about a hundredth of `rollout_s` and `learn_s` together. Bad: a tenth and more",
