@@ -78,10 +78,10 @@ def _binding(
     message = f"{len(ranks)} ranks share {len(cpus)} core(s)"
     if len(ranks) <= len(cpus):
         return Finding("cores.binding", OK, message, "", values, ranks)
-    fix = f"at most {node_cores} rank(s) a node"
+    fix = f"for full speed at most {node_cores} rank(s) a node"
     if node_cores >= node_ranks:
         fix = bind_fix(found, library, share)
-    return Finding("cores.binding", WARN, f"{message}: they take turns", fix, values, ranks)
+    return Finding("cores.binding", WARN, f"{message}: the run works, but they take turns", fix, values, ranks)
 
 
 def threads(places: Sequence[Placed]) -> list[Finding]:

@@ -165,6 +165,13 @@ def test_ranks_that_share_cores(places: list[placement.Placed], expected: list[t
     assert placement.on_one_core(places, SRUN, MPICH) == [f for f in findings if f.status == FAIL]
 
 
+def test_more_ranks_than_cores_work_and_are_warned_of() -> None:
+    [finding] = placement.bindings([place({0, 1}, cores=2)] * 4, SRUN, MPICH)
+    assert finding.status == WARN
+    assert finding.message == "4 ranks share 2 core(s): the run works, but they take turns"
+    assert finding.fix == "for full speed at most 2 rank(s) a node"
+
+
 @pytest.mark.parametrize(
     ("found", "library", "fix"),
     [
