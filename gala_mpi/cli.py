@@ -123,8 +123,8 @@ def under_mpi(command: str, run: Callable[[MPI.Intracomm], int]) -> int:
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         output.complain(
-            f"gala-mpi: error: no MPI library can be loaded ({reason}); load your site's MPI, or install one with "
-            "pip install 'gala-mpi[mpich]'"
+            f"gala-mpi: error: no MPI library can be loaded ({reason}); load your site's MPI, or install one: "
+            "pip install mpich"
         )
         return EXIT_CONFIG
     comm = MPI.COMM_WORLD

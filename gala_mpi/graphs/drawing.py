@@ -41,7 +41,7 @@ def draw(topology: Topology, nodes: Sequence[str], path: Path) -> None:
         from matplotlib.lines import Line2D
     except ImportError as error:
         missing = (error.name or "matplotlib").partition(".")[0]
-        raise UsageError(f"--draw needs {missing}: pip install 'gala-mpi[analysis]'") from error
+        raise UsageError(f"--draw needs {missing}: pip install matplotlib networkx") from error
     count = sum(map(len, topology.in_edges))
     if count > MOST_EDGES:
         raise ConfigError("draw", str(path), f"a graph of at most {MOST_EDGES} edges, not {count}")
