@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import ROOT, Mpi, finish, rank_process
+from rights import without_rights
 
 from gala_mpi import cli
 from gala_mpi.storage.checkpoint import CheckpointFolder, read
@@ -71,15 +72,13 @@ def test_exit_code_2_on_both_libraries(request: pytest.FixtureRequest, name: str
     assert done.stderr.count("a number of ranks that is a power of two, not 3") == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="root can write anywhere")
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     """Run without the rights that let root write anywhere."""
     closed = tmp_path / "closed"
     closed.mkdir()
     closed.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     done = subprocess.run(
-        [*drop, sys.executable, *COMMAND, "--out", str(closed / "run")],
+        [*without_rights(), sys.executable, *COMMAND, "--out", str(closed / "run")],
         capture_output=True,
         text=True,
         timeout=90,
@@ -90,13 +89,12 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     assert list(closed.iterdir()) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/usr/bin/setpriv").exists(), reason="root may enter any folder")
 def test_paths_below_a_folder_that_may_not_be_entered_are_refused(tmp_path: Path) -> None:
+    drop = without_rights()
     locked = tmp_path / "locked"
     locked.mkdir()
     (locked / "x").mkdir()
     locked.chmod(0)
-    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     commands = [(*COMMAND, option, f"{locked}/x") for option in ("--out", "--resume", "--topology")]
     commands += [("-m", "gala_mpi", "train", "--preset", f"{locked}/x.toml")]
     commands += [("-m", "gala_mpi", "bench", "--json", f"{locked}/x.json")]
