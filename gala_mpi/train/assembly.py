@@ -103,16 +103,9 @@ def _around(
 ) -> Rank:
     """Make all parts but the simulators. Collective."""
     _set_up_process(config, threads, device)
-    # One stream for each use: parameters from the seed alone, simulators and actions by rank.
-    shared = make_generator(int(np.random.SeedSequence([config.run.seed]).generate_state(1)[0]))
-    policy = on_all_ranks(comm, lambda: within_memory(lambda: make_policy(config, simulators, shared).to(device)))
+    policy = _make_network(config, comm, simulators, device)
     flat = FlatParameters(policy)
-    look_ahead(comm, window_bytes(config.exchange, flat, comm) + board_bytes(comm.size), info.folder)
-    courier = Courier(comm, config.exchange.delivery)
-    if courier.node_rank(comm.rank) < HOLDERS_OF_A_NODE:
-        lease.hold()
-    board = Board(comm, courier, config.exchange.neighbour_timeout_s)
-    exchange = make_exchange(config.exchange, flat, comm, courier, board.come_by)
+    courier, board, exchange = _open_windows(config, comm, info, lease, flat)
     waits = config.run.profile and device.type == "cuda"
     stopwatch = Stopwatch(torch.cuda.synchronize if waits else None)
     rate, average = learning_rate(config, comm.size), exchange.average_gradient
@@ -135,11 +128,34 @@ def _around(
     zero_s = time.monotonic() - origin.time_s
     about = _about(comm, info, exchange, resumption, origin, comm.bcast(time.time()) - origin.time_s)
     recorder = on_all_ranks(comm, lambda: open_recorder(config, info, about))
-    # Those that exchange die together, and one of them says so.
-    watched = comm.rank == 0 or config.exchange.exchange == "none"
-    watch = StallWatch(config.record.record_every, simulators.actions) if watched else None
+    watch = _stall_watch(config, comm, simulators)
     metrics = Metrics(recorder, config, flat, exchange, stopwatch, origin.time_s, watch)
     return Rank(simulators, courier, parts, checkpointer, recorder, metrics, origin, zero_s)
+
+
+def _make_network(config: TrainConfig, comm: Intracomm, simulators: Simulators, device: torch.device) -> Policy:
+    """The policy, the same on all ranks. Collective."""
+    # One stream for each use: parameters from the seed alone, simulators and actions by rank.
+    shared = make_generator(int(np.random.SeedSequence([config.run.seed]).generate_state(1)[0]))
+    return on_all_ranks(comm, lambda: within_memory(lambda: make_policy(config, simulators, shared).to(device)))
+
+
+def _open_windows(
+    config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease, flat: FlatParameters
+) -> tuple[Courier, Board, Exchange]:
+    """Make all that sends and receives. Collective."""
+    look_ahead(comm, window_bytes(config.exchange, flat, comm) + board_bytes(comm.size), info.folder)
+    courier = Courier(comm, config.exchange.delivery)
+    if courier.node_rank(comm.rank) < HOLDERS_OF_A_NODE:
+        lease.hold()
+    board = Board(comm, courier, config.exchange.neighbour_timeout_s)
+    return courier, board, make_exchange(config.exchange, flat, comm, courier, board.come_by)
+
+
+def _stall_watch(config: TrainConfig, comm: Intracomm, simulators: Simulators) -> StallWatch | None:
+    """What watches this rank's learning, if it is this one that speaks of it: ranks that exchange stall together."""
+    watched = comm.rank == 0 or config.exchange.exchange == "none"
+    return StallWatch(config.record.record_every, simulators.actions) if watched else None
 
 
 def _set_up_process(config: TrainConfig, threads: int, device: torch.device) -> None:
