@@ -1,6 +1,6 @@
 """Agent steps a second of Atari training, all cores together, beside stable-baselines3 and the machine's limit.
 
-    pip install -c constraints.txt '.[peers]'
+    pip install -c constraints.txt -e '.[peers]'
     python benchmarks/throughput.py --out throughput.json
 
 For each game, in turn (A B A B): gala-mpi with one rank a core, and stable-baselines3's A2C in one process with all

@@ -6,7 +6,7 @@
 
 All three make the same number of updates on batches of the same size. Rank 0 prints the accuracy of every rank on the
 same test images, and the mean. `-m mpi4py` ends the whole job if one rank fails. The 1,797 images of 8 x 8 pixels come
-with scikit-learn: pip install '.[examples]'.
+with scikit-learn: pip install -c constraints.txt -e '.[examples]'.
 """
 
 from __future__ import annotations

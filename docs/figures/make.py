@@ -1,6 +1,8 @@
 """The figures of docs/how-gossip-works.md:  python docs/figures/make.py
 
-Writes mailbox.svg, topologies.svg and ball.svg beside itself. Needs matplotlib: pip install ".[analysis]"
+Writes mailbox.svg, topologies.svg and ball.svg beside itself. Needs matplotlib:
+
+    pip install -c constraints.txt -e '.[analysis]'
 """
 
 from __future__ import annotations
