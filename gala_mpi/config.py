@@ -156,9 +156,8 @@ class ExchangeConfig:
     """gossip: average whole policies with neighbours, never waiting; allreduce: average gradients over all
     ranks at every update (synchronous A2C); none: independent agents."""
     topology: str = "ring"
-    """Who sends to whom under gossip: ring, bidirectional-ring, exponential, one-peer-exponential, hypercube,
-    torus, star, complete, hierarchical (dense inside a node, sparse between nodes), or the path of an edge list.
-    `gala-mpi topology` describes and draws each."""
+    """Who sends to whom under gossip: ring, hierarchical (dense inside a node, sparse between nodes), or another name
+    that `gala-mpi topology --help` lists, or the path of an edge list. `gala-mpi topology` describes and draws each."""
     max_staleness: int | None = None
     """Updates without a mix after which a rank waits for its neighbours; 0 waits at every update, None never."""
     neighbour_timeout_s: float = 60.0

@@ -12,6 +12,7 @@ from gala_mpi import settings
 from gala_mpi.bench.command import BenchOptions
 from gala_mpi.config import TrainConfig
 from gala_mpi.doctor.command import DoctorOptions
+from gala_mpi.gossip.topology import TOPOLOGIES
 from gala_mpi.graphs.command import TopologyOptions
 from gala_mpi.storage.schema import READING, TABLES
 
@@ -61,6 +62,11 @@ def test_every_message_of_the_troubleshooting_page_is_one() -> None:
     for message in messages:
         for part in message.split("..."):
             assert part.strip() in code, message
+
+
+def test_every_topology_is_in_the_table_of_its_page() -> None:
+    text = (ROOT / "docs" / "how-gossip-works.md").read_text("utf-8")
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", text, flags=re.M)) == TOPOLOGIES.keys()
 
 
 def test_every_column_that_is_watched_exists() -> None:

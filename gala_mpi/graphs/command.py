@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import shutil
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from rich.table import Table
 
 from gala_mpi import arguments
 from gala_mpi.config import ConfigError, at_home
-from gala_mpi.gossip.topology import Topology, make_topology
+from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology
 from gala_mpi.graphs.measures import DENSE_LIMIT, GraphMeasures, measure
 
 DESCRIPTION = "Show who sends to whom: gala-mpi topology hierarchical --size 16 --ranks-per-node 4 --draw graph.png"
+NAMES = textwrap.fill(f"names: {', '.join(TOPOLOGIES)}", 80, subsequent_indent=" " * 7, break_on_hyphens=False)
 MOST_RANKS = 4096
 # What fits the width of a terminal; the picture shows a rank's targets in one character each.
 PICTURED_RANKS, LISTED_NEIGHBOURS = 40, 8
@@ -36,8 +38,8 @@ class TopologyOptions:
     """What `gala-mpi topology` can be told."""
 
     name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
-    """ring, bidirectional-ring, exponential, one-peer-exponential, hypercube, torus, star, complete,
-    hierarchical, or the path of an edge list: a text file of lines `source target [weight]`."""
+    """Name of a topology, as `gala-mpi topology --help` lists them, or the path of an edge list: a text file of lines
+    `source target [weight]`."""
     size: int
     """Number of ranks, 1 to 4096."""
     ranks_per_node: int | None = None
@@ -77,7 +79,7 @@ def report(args: list[str]) -> str:
 
 def help_text(_args: list[str]) -> str:
     """What `gala-mpi topology --help` prints."""
-    return arguments.help_text(TopologyOptions, "topology", DESCRIPTION)
+    return arguments.help_text(TopologyOptions, "topology", f"{DESCRIPTION}\n\n{NAMES}")
 
 
 def as_json(topology: Topology, measures: GraphMeasures) -> str:
