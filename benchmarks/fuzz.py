@@ -151,7 +151,7 @@ class Rank:
         policy = MLPPolicy(6, [8], 3, generator)
         self.flat = FlatParameters(policy)
         self.collector = Collector(self.simulators, policy, 2, 1, generator)
-        self.learner = SimpleNamespace(mean_square=torch.ones_like(self.flat.data))
+        self.learner = SimpleNamespace(state={"mean_square": torch.ones_like(self.flat.data)})
         self.stopwatch = Stopwatch()
         self.exchange = SimpleNamespace(
             counters=Counters(), in_neighbours=[], synchronous=False, go_on_from=self.take_heard
@@ -222,7 +222,7 @@ def try_restore(chance: random.Random) -> str:
     try:
         facts, found = decode(encode(tensors, forged))
         checkpoint = Checkpoint(facts, found, Path("forged"))
-        expect(rank.flat, FACTS.run_id, checkpoint)
+        expect(rank.flat, rank.learner, FACTS.run_id, checkpoint)
     except (ValueError, CheckpointError):
         return "refused"
     steps = [facts.agent_steps, facts.agent_steps]

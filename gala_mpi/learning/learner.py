@@ -62,7 +62,7 @@ class Learner:
 
     `learning_rate` is that for all ranks, to which the configuration's rises in its warm-up. `average_gradient`, if
     given, is called on the flat gradient (n,) between its computation and its use: the place of a synchronous
-    all-reduce. `mean_square` (n,) is the optimiser's state, `updates` its age in updates, which the warm-up goes by.
+    all-reduce. `state` is the optimiser's, `updates` its age in updates, which the warm-up goes by.
     """
 
     def __init__(
@@ -79,9 +79,15 @@ class Learner:
         self.mean_square = torch.zeros_like(flat.data)
         self.updates = 0
 
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The optimiser's state by name: tensors (n,), zero at first, that checkpoints hold and give back."""
+        return {"mean_square": self.mean_square}
+
     def forget(self) -> None:
         """Reset the optimiser's state, and begin the warm-up anew, as after parameters that were not finite."""
-        self.mean_square.zero_()
+        for values in self.state.values():
+            values.zero_()
         self.updates = 0
 
     def update(self, rollout: Rollout, progress: float, *, measure: bool) -> Losses:

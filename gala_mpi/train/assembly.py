@@ -15,7 +15,7 @@ from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.exchange import Exchange, make_exchange, window_bytes
 from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.learning.environments import Simulators, is_atari, make_simulators, refused
-from gala_mpi.learning.learner import learner_class
+from gala_mpi.learning.learner import Learner, learner_class
 from gala_mpi.learning.networks import Policy
 from gala_mpi.learning.rollout import Collector
 from gala_mpi.learning.stalls import StallWatch
@@ -112,7 +112,7 @@ def _around(
     learner = learner_class(device)(flat, config.learner, rate, average, stopwatch)
     keep = config.record.keep_checkpoints
     folder = on_all_ranks(comm, lambda: make_checkpoint_folder(info.folder, comm.rank, keep))
-    resumption = _find_checkpoints(config, comm, info, flat, exchange) if info.segment else None
+    resumption = _find_checkpoints(config, comm, info, learner, flat, exchange) if info.segment else None
     stream = [config.run.seed, comm.rank]
     if resumption is not None:
         # What cannot go on begins anew, and not with what it began with before.
@@ -191,13 +191,13 @@ def _make_collector(
 
 
 def _find_checkpoints(
-    config: TrainConfig, comm: Intracomm, info: RunInfo, flat: FlatParameters, exchange: Exchange
+    config: TrainConfig, comm: Intracomm, info: RunInfo, learner: Learner, flat: FlatParameters, exchange: Exchange
 ) -> Resumption | None:
     """What this rank goes on from. Collective."""
     resumption = find_checkpoints(
         comm,
         info.folder,
-        lambda checkpoint: expect(flat, info.run_id, checkpoint),
+        lambda checkpoint: expect(flat, learner, info.run_id, checkpoint),
         largest_bytes(flat),
         log.warning,
         synchronous=exchange.synchronous,

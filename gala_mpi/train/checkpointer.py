@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from gala_mpi.gossip.exchange import Exchange
     from gala_mpi.train.board import Board
 
-PARAMETERS, MEAN_SQUARE = "parameters.", "optimiser.mean_square."
+PARAMETERS, OPTIMISER = "parameters.", "optimiser."
 # Fewer episodes do not tell which policy is the best.
 ENOUGH_EPISODES = 20
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Checkpointer:
     def _tensors(self) -> dict[str, npt.NDArray[Any]]:
         parts = self._parts
         found: dict[str, npt.NDArray[Any]] = {}
-        for prefix, values in ((PARAMETERS, parts.flat.data), (MEAN_SQUARE, parts.learner.mean_square)):
+        for prefix, values in flat_tensors(parts.flat, parts.learner).items():
             named = parts.flat.by_name(values.cpu())
             found |= {prefix + name: value.numpy() for name, value in named.items()}
         return found | parts.collector.state()
@@ -147,7 +147,7 @@ class Checkpointer:
         Whether the simulators go on too.
         """
         parts, facts, learner = self._parts, resumption.checkpoint.facts, resumption.learner
-        for prefix, values in ((PARAMETERS, parts.flat.data), (MEAN_SQUARE, parts.learner.mean_square)):
+        for prefix, values in flat_tensors(parts.flat, parts.learner).items():
             for name, view in parts.flat.by_name(values).items():
                 view.copy_(torch.from_numpy(learner.tensors[prefix + name]))
         parts.learner.updates = learner.facts.update
@@ -156,7 +156,7 @@ class Checkpointer:
         parts.board.go_on_from(resumption.agent_steps, learner.facts.update, episodes)
         neighbours = {int(other): update for other, update in facts.neighbours.items()}
         parts.exchange.go_on_from(learner.facts.update, neighbours if resumption.own else {})
-        check = partial(expect, parts.flat, self._identity.run_id)
+        check = partial(expect, parts.flat, parts.learner, self._identity.run_id)
         self._best_return = self._folder.best_return(largest_bytes(parts.flat), check)
         if not resumption.own:
             return False
@@ -174,13 +174,18 @@ class Checkpointer:
         return parts.collector.restore(resumption.checkpoint.tensors)
 
 
-def expect(flat: FlatParameters, run_id: str, checkpoint: Checkpoint) -> None:
+def flat_tensors(flat: FlatParameters, learner: Learner) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of each parameter: tensors (n,), by what their names begin with."""
+    return {PARAMETERS: flat.data} | {f"{OPTIMISER}{name}.": values for name, values in learner.state.items()}
+
+
+def expect(flat: FlatParameters, learner: Learner, run_id: str, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a checkpoint is not of this run, or its parameters are not these."""
     if checkpoint.facts.run_id != run_id:
         raise CheckpointError(
             f"{checkpoint.path}: cannot be used: it is of another run, {checkpoint.facts.run_id[:40]}"
         )
-    for prefix in (PARAMETERS, MEAN_SQUARE):
+    for prefix in flat_tensors(flat, learner):
         for name, view in flat.by_name(flat.data).items():
             tensor = checkpoint.tensors.get(prefix + name)
             if tensor is None or tensor.shape != tuple(view.shape) or tensor.dtype != "float32":

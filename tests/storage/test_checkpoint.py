@@ -314,7 +314,7 @@ def checkpointer(folder: CheckpointFolder, rank: int, size: int, *, synchronous:
     exchange = SimpleNamespace(synchronous=synchronous, counters=SimpleNamespace(), in_neighbours=[])
     parts: Any = SimpleNamespace(
         flat=flat,
-        learner=SimpleNamespace(mean_square=torch.zeros(2)),
+        learner=SimpleNamespace(state={"mean_square": torch.zeros(2)}),
         collector=SimpleNamespace(state=dict),
         exchange=exchange,
         board=SimpleNamespace(total_steps=0),
