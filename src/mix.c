@@ -7,141 +7,11 @@
 #include <emmintrin.h>
 #endif
 
-#include "multiversion.h"
+#include "wire_inline.h"
 
 /* Values are mixed a tile at a time. A tile is small, so that the processor fetches the next one from memory while
  * it computes: tiles of 256 values made mixing a fifth slower, those of 1024 half as slow again. */
 enum { TILE = 128, LANES = 16 };
-
-const size_t wire_itemsize[WIRE_COUNT] = {4, 2, 2};
-
-static inline uint32_t bits_of(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static inline float float_of(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* bfloat16 is the upper half of a float32. Adding 0x7FFF and the lowest bit kept rounds to nearest even; a NaN
- * keeps its upper half and becomes quiet, as the addition could turn it into an infinity. */
-static inline uint16_t to_bfloat16(float value)
-{
-    uint32_t bits = bits_of(value);
-    uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    uint32_t quiet = (bits >> 16) | 0x40u;
-    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded);
-}
-
-static inline float from_bfloat16(uint16_t half)
-{
-    return float_of((uint32_t)half << 16);
-}
-
-/* Three ranges: too large (infinity or NaN), too small for a normal half (an addition of 0.5 lets the processor
- * round the mantissa into place), and in between (exponent moved, mantissa rounded to nearest even). All three
- * are computed and one is picked, so that the loop has no branch. */
-static inline uint16_t to_float16(float value)
-{
-    uint32_t bits = bits_of(value);
-    uint32_t sign = (bits >> 16) & 0x8000u;
-    uint32_t magnitude = bits & 0x7FFFFFFFu;
-    uint32_t large = magnitude > 0x7F800000u ? 0x7E00u | ((magnitude >> 13) & 0x1FFu) : 0x7C00u;
-    uint32_t small = bits_of(float_of(magnitude < 0x38800000u ? magnitude : 0u) + 0.5f) - 0x3F000000u;
-    uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-    uint32_t half = magnitude >= 0x47800000u ? large : magnitude < 0x38800000u ? small : normal;
-    return (uint16_t)(sign | half);
-}
-
-/* A half's exponent and mantissa, moved into a float32's place, are the value times 2^-112; a product puts the
- * scale right, denormals too. Infinity and NaN get the largest exponent. */
-static inline float from_float16(uint16_t half)
-{
-    uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
-    uint32_t magnitude = (uint32_t)(half & 0x7FFFu) << 13;
-    uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
-    return float_of(sign | ((half & 0x7C00u) == 0x7C00u ? magnitude | 0x7F800000u : scaled));
-}
-
-MULTIVERSION static void pack_bfloat16(size_t count, const unsigned char *restrict values, unsigned char *restrict out)
-{
-    for (size_t i = 0; i < count; i++) {
-        float value;
-        memcpy(&value, values + 4 * i, sizeof value);
-        uint16_t half = to_bfloat16(value);
-        memcpy(out + 2 * i, &half, sizeof half);
-    }
-}
-
-MULTIVERSION static void pack_float16(size_t count, const unsigned char *restrict values, unsigned char *restrict out)
-{
-    for (size_t i = 0; i < count; i++) {
-        float value;
-        memcpy(&value, values + 4 * i, sizeof value);
-        uint16_t half = to_float16(value);
-        memcpy(out + 2 * i, &half, sizeof half);
-    }
-}
-
-void pack(enum wire wire, size_t count, const void *restrict values, unsigned char *restrict out)
-{
-    if (wire == WIRE_BFLOAT16)
-        pack_bfloat16(count, values, out);
-    else if (wire == WIRE_FLOAT16)
-        pack_float16(count, values, out);
-    else if (count > 0)
-        memcpy(out, values, 4 * count);
-}
-
-/* A value is finite unless all bits of its exponent are set: adding one at the exponent's lowest bit then
- * carries into the sign's place, where the bits of all values are gathered. */
-MULTIVERSION static int all_finite_32(size_t count, const unsigned char *restrict message)
-{
-    uint32_t gathered = 0;
-    for (size_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, message + 4 * i, sizeof bits);
-        gathered |= (bits & 0x7F800000u) + 0x00800000u;
-    }
-    return !(gathered & 0x80000000u);
-}
-
-MULTIVERSION static int all_finite_16(size_t count, const unsigned char *restrict message, uint16_t exponent,
-                                      uint16_t lowest)
-{
-    uint16_t gathered = 0;
-    for (size_t i = 0; i < count; i++) {
-        uint16_t half;
-        memcpy(&half, message + 2 * i, sizeof half);
-        gathered |= (uint16_t)((half & exponent) + lowest);
-    }
-    return !(gathered & 0x8000u);
-}
-
-int all_finite(enum wire wire, size_t count, const unsigned char *restrict message)
-{
-    switch (wire) {
-    case WIRE_BFLOAT16:
-        return all_finite_16(count, message, 0x7F80u, 0x0080u);
-    case WIRE_FLOAT16:
-        return all_finite_16(count, message, 0x7C00u, 0x0400u);
-    default:
-        return all_finite_32(count, message);
-    }
-}
-
-INLINE float float_at(const unsigned char *restrict values, size_t i)
-{
-    float value;
-    memcpy(&value, values + 4 * i, sizeof value);
-    return value;
-}
 
 INLINE void unpack(enum wire wire, size_t count, const unsigned char *restrict message, float *restrict values)
 {
@@ -355,6 +225,11 @@ static void end_streams(void)
  * finite; the latter is no longer accepted then. */
 enum outcome { DONE, STATE_NOT_FINITE, MESSAGE_NOT_FINITE };
 
+MULTIVERSION static int tile_finite(size_t count, const unsigned char *restrict values)
+{
+    return finite_32(count, values);
+}
+
 INLINE enum outcome exchange_tile(size_t begin, size_t count, float *restrict state, size_t copies,
                                   unsigned char *const *restrict copy, float own, size_t messages,
                                   const struct per_message *each, int *restrict accepted)
@@ -366,7 +241,7 @@ INLINE enum outcome exchange_tile(size_t begin, size_t count, float *restrict st
             /* In double this is finite if, and only if, all values are. */
             double part = distance(count, state + begin, each->message[k] + 4 * begin);
             if (!isfinite(part)) {
-                if (!all_finite_32(count, values))
+                if (!tile_finite(count, values))
                     return STATE_NOT_FINITE;
                 accepted[k] = 0;
                 return MESSAGE_NOT_FINITE;
@@ -375,7 +250,7 @@ INLINE enum outcome exchange_tile(size_t begin, size_t count, float *restrict st
             known_finite = 1;
         }
     }
-    if (!known_finite && !all_finite_32(count, values))
+    if (!known_finite && !tile_finite(count, values))
         return STATE_NOT_FINITE;
     for (size_t k = 0; k < copies; k++)
         stream(count, state + begin, copy[k] + 4 * begin);
@@ -427,21 +302,6 @@ int exchange(size_t count, float *restrict state, size_t copies, unsigned char *
 MULTIVERSION void average(size_t count, float *restrict state, const unsigned char *restrict message)
 {
     add(count, state, 0.5f, message, 0.5f);
-}
-
-MULTIVERSION uint64_t checksum(size_t nbytes, const unsigned char *restrict memory)
-{
-    size_t words = nbytes / 4;
-    uint64_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < words; i++) {
-        uint32_t word;
-        memcpy(&word, memory + 4 * i, sizeof word);
-        sum += word;
-    }
-    for (size_t i = 4 * words; i < nbytes; i++)
-        sum += memory[i];
-    return sum;
 }
 
 static inline uint64_t finalise(uint64_t z)

@@ -9,15 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum wire { WIRE_FLOAT32, WIRE_BFLOAT16, WIRE_FLOAT16, WIRE_COUNT };
-
-extern const size_t wire_itemsize[WIRE_COUNT];
-
-/* out[i] = values[i] in the wire type, rounded to nearest even. `values` may lie at any address. */
-void pack(enum wire wire, size_t count, const void *restrict values, unsigned char *restrict out);
-
-/* Whether every value is finite. */
-int all_finite(enum wire wire, size_t count, const unsigned char *restrict message);
+#include "wire.h"
 
 /* state <- self_weight * state + sum over k of weights[k] * messages[k], in this order, over the messages with
  * accepted[k]; squared[k] <- squared norm of state (before) - messages[k], or NaN if not accepted. Relative error of
@@ -37,9 +29,6 @@ int exchange(size_t count, float *restrict state, size_t copies, unsigned char *
 /* state <- 0.5 * state + 0.5 * message, and nothing else, as the yardstick of memory speed: two reads and a write
  * for each value. */
 void average(size_t count, float *restrict state, const unsigned char *restrict message);
-
-/* Sum, modulo 2^64, of the 32-bit words in the machine's byte order, and of the bytes behind the last whole one. */
-uint64_t checksum(size_t nbytes, const unsigned char *restrict memory);
 
 /* sketch[h(i)] <- sum of s(i) * state[i]; returns the squared norm of state. `buckets` is a power of two.
  *

@@ -451,6 +451,25 @@ def test_a_refusal_holds_no_buffer() -> None:
     message.append(1)
 
 
+def test_a_call_takes_any_number_of_buffers() -> None:
+    """All are given back too, after a refusal of the last one as well."""
+    buffers = [bytearray(np.full(3, k, np.float32).tobytes()) for k in range(40)]
+    arrays = [np.frombuffer(buffer, np.float32).copy() for buffer in buffers]
+    out, state = np.zeros(120, np.float32), np.zeros(3, np.float32)
+    _native.pack(arrays, out)
+    np.testing.assert_array_equal(out, np.concatenate(arrays))
+    finite, _, accepted = _native.exchange(arrays[7], buffers[:20], 0.0, buffers[20:], [0.05] * 20)
+    assert finite and accepted == [True] * 20 and set(map(bytes, buffers[:20])) == {bytes(buffers[0])}
+    np.testing.assert_array_equal(np.frombuffer(bytes(buffers[0]), np.float32), 7)
+    np.testing.assert_allclose(arrays[7], np.mean(range(20, 40)), rtol=1e-6)
+    with pytest.raises(ValueError, match="messages.*got 8"):
+        _native.mix(state, 0.0, [*buffers, bytearray(8)], [0.0] * 41)
+    with pytest.raises(ValueError, match="copies: overlaps copies"):
+        _native.exchange(state, [*buffers, buffers[-1]], 1.0, [], [])
+    for buffer in buffers:
+        buffer.append(1)
+
+
 @settings(deadline=None)
 @given(seeds, sizes, skews)
 def test_checksum_agrees_with_its_twin(seed: int, size: int, skew: int) -> None:
