@@ -462,7 +462,7 @@ def test_a_call_takes_any_number_of_buffers() -> None:
     assert finite and accepted == [True] * 20 and set(map(bytes, buffers[:20])) == {bytes(buffers[0])}
     np.testing.assert_array_equal(np.frombuffer(bytes(buffers[0]), np.float32), 7)
     np.testing.assert_allclose(arrays[7], np.mean(range(20, 40)), rtol=1e-6)
-    with pytest.raises(ValueError, match="messages.*got 8"):
+    with pytest.raises(ValueError, match=r"messages.*got 8"):
         _native.mix(state, 0.0, [*buffers, bytearray(8)], [0.0] * 41)
     with pytest.raises(ValueError, match="copies: overlaps copies"):
         _native.exchange(state, [*buffers, buffers[-1]], 1.0, [], [])
