@@ -3,33 +3,21 @@
 #include <stdint.h>
 #include <string.h>
 
-/* What a call holds besides buffers: a list, or memory. */
+/* Memory that a call holds. */
 struct block {
     struct block *next;
-    PyObject *list;
     max_align_t memory[];
 };
-
-static struct block *add_block(struct held *held, size_t nbytes)
-{
-    struct block *block = PyMem_Malloc(sizeof *block + nbytes);
-    if (block == NULL) {
-        PyErr_NoMemory();
-        return NULL;
-    }
-    *block = (struct block){.next = held->blocks};
-    held->blocks = block;
-    return block;
-}
 
 PyObject *finish(struct held *held, PyObject *result)
 {
     /* Buffers first: some may lie in blocks. */
     for (struct taken *taken = held->first; taken != NULL; taken = taken->next)
         PyBuffer_Release(&taken->view);
+    while (held->list_count > 0)
+        Py_DECREF(held->lists[--held->list_count]);
     for (struct block *block = held->blocks, *next; block != NULL; block = next) {
         next = block->next;
-        Py_XDECREF(block->list);
         PyMem_Free(block);
     }
     return result;
@@ -37,14 +25,22 @@ PyObject *finish(struct held *held, PyObject *result)
 
 void *reserve(struct held *held, size_t count, size_t size)
 {
-    struct block *block = add_block(held, count * size);
-    return block == NULL ? NULL : block->memory;
+    struct block *block = PyMem_Malloc(sizeof *block + count * size);
+    if (block == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    block->next = held->blocks;
+    held->blocks = block;
+    return block->memory;
 }
 
 PyObject *take_list(struct held *held, PyObject *sequence)
 {
-    struct block *block = add_block(held, 0);
-    return block == NULL ? NULL : (block->list = PySequence_List(sequence));
+    PyObject *list = PySequence_List(sequence);
+    if (list != NULL)
+        held->lists[held->list_count++] = list;
+    return list;
 }
 
 /* Whether a format is one of the one-letter `formats`, after a prefix for native or standard size. */
@@ -72,7 +68,8 @@ static int check(const struct taken *taken, const char *formats, enum access acc
 
 struct taken *take(struct held *held, PyObject *object, const char *name, const char *formats, enum access access)
 {
-    struct taken *taken = held->used < HELD_ROOM ? &held->room[held->used++] : reserve(held, 1, sizeof *taken);
+    struct taken *taken = held->buffer_count < HELD_BUFFERS ? &held->buffers[held->buffer_count++]
+                                                            : reserve(held, 1, sizeof *taken);
     if (taken == NULL)
         return NULL;
     if (PyObject_GetBuffer(object, &taken->view, PyBUF_STRIDES | PyBUF_FORMAT) < 0) {

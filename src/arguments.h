@@ -17,15 +17,16 @@ struct taken {
     struct taken *next;
 };
 
-/* Buffers that a call takes without an allocation. */
-enum { HELD_ROOM = 8 };
+/* Buffers for which a call allocates nothing, and the most lists that one takes. */
+enum { HELD_BUFFERS = 8, HELD_LISTS = 3 };
 
 /* What a call holds. */
 struct held {
     struct taken *first, **end;
     struct block *blocks;
-    int used;
-    struct taken room[HELD_ROOM];
+    int buffer_count, list_count;
+    struct taken buffers[HELD_BUFFERS];
+    PyObject *lists[HELD_LISTS];
 };
 
 static inline void begin(struct held *held)
@@ -33,7 +34,7 @@ static inline void begin(struct held *held)
     held->first = NULL;
     held->end = &held->first;
     held->blocks = NULL;
-    held->used = 0;
+    held->buffer_count = held->list_count = 0;
 }
 
 /* Give back all that the call holds. Returns `result`, so that a call that failed returns finish(&held, NULL). */

@@ -7,24 +7,24 @@
 const size_t wire_itemsize[WIRE_COUNT] = {4, 2, 2};
 const char *const wire_names[WIRE_COUNT] = {"float32", "bfloat16", "float16"};
 
-MULTIVERSION static void pack_bfloat16(size_t count, const unsigned char *restrict values, unsigned char *restrict out)
+INLINE void pack_halves(enum wire wire, size_t count, const unsigned char *restrict values, unsigned char *restrict out)
 {
     for (size_t i = 0; i < count; i++) {
         float value;
         memcpy(&value, values + 4 * i, sizeof value);
-        uint16_t half = to_bfloat16(value);
+        uint16_t half = wire == WIRE_BFLOAT16 ? to_bfloat16(value) : to_float16(value);
         memcpy(out + 2 * i, &half, sizeof half);
     }
 }
 
+MULTIVERSION static void pack_bfloat16(size_t count, const unsigned char *restrict values, unsigned char *restrict out)
+{
+    pack_halves(WIRE_BFLOAT16, count, values, out);
+}
+
 MULTIVERSION static void pack_float16(size_t count, const unsigned char *restrict values, unsigned char *restrict out)
 {
-    for (size_t i = 0; i < count; i++) {
-        float value;
-        memcpy(&value, values + 4 * i, sizeof value);
-        uint16_t half = to_float16(value);
-        memcpy(out + 2 * i, &half, sizeof half);
-    }
+    pack_halves(WIRE_FLOAT16, count, values, out);
 }
 
 void pack(enum wire wire, size_t count, const void *restrict values, unsigned char *restrict out)
