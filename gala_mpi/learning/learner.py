@@ -58,11 +58,11 @@ def _explained_variance(rollout: Rollout, returns: torch.Tensor) -> torch.Tensor
 
 
 class Learner:
-    """RMSprop on the flat parameters, with the norm of the gradient bounded. For a CPU; see `learner_class`.
+    """An optimiser on the flat parameters, with the norm of the gradient bounded. For a CPU; see `learner_class`.
 
     `learning_rate` is that for all ranks, to which the configuration's rises in its warm-up. `average_gradient`, if
     given, is called on the flat gradient (n,) between its computation and its use: the place of a synchronous
-    all-reduce. `state` is the optimiser's, `updates` its age in updates, which the warm-up goes by.
+    all-reduce.
     """
 
     def __init__(
@@ -76,13 +76,10 @@ class Learner:
         self._flat, self._config, self._learning_rate = flat, config, learning_rate
         self._average_gradient = average_gradient
         self._lap = (stopwatch or Stopwatch()).lap
-        self.mean_square = torch.zeros_like(flat.data)
-        self.updates = 0
-
-    @property
-    def state(self) -> dict[str, torch.Tensor]:
+        self.state = {"mean_square": torch.zeros_like(flat.data)}
         """The optimiser's state by name: tensors (n,), zero at first, that checkpoints hold and give back."""
-        return {"mean_square": self.mean_square}
+        self.updates = 0
+        """The age of the state in updates, which the warm-up goes by. Checkpoints give it back too."""
 
     def forget(self) -> None:
         """Reset the optimiser's state, and begin the warm-up anew, as after parameters that were not finite."""
@@ -131,19 +128,24 @@ class Learner:
         total.backward()  # type: ignore[no-untyped-call]
 
     def _step(self, learning_rate: float, measure: bool) -> Terms:
-        """One step of RMSprop on the gradient, scaled down to the greatest norm if it is longer; the other terms."""
-        data, grad, config = self._flat.data, self._flat.grad, self._config
+        """One step on the gradient, scaled down to the greatest norm if it is longer; the other terms of Losses."""
+        data, grad = self._flat.data, self._flat.grad
         grad_norm = torch.linalg.vector_norm(grad)
         if torch.isinf(grad_norm):
             # Squares are beyond float32 long before the gradient is. The scale would be zero, and nothing learned.
             grad_norm = torch.linalg.vector_norm(grad, dtype=torch.float64)
         before = data.clone() if measure else data
         # A norm that is not a number makes all of them so: no half of the parameters goes on.
-        scale = min(config.max_grad_norm / (float(grad_norm) + 1e-6), 1.0)
-        numbers = scale, learning_rate, config.rmsprop_alpha, config.rmsprop_epsilon
-        _native.rmsprop(data.numpy(), grad.numpy(), self.mean_square.numpy(), *numbers)
+        self._optimise(min(self._config.max_grad_norm / (float(grad_norm) + 1e-6), 1.0), learning_rate)
         update_norm = torch.linalg.vector_norm(data - before) if measure else grad_norm.new_zeros(())
         return {"grad_norm": grad_norm, "update_norm": update_norm}
+
+    def _optimise(self, scale: float, learning_rate: float) -> None:
+        """Change parameters and state by `scale` times the gradient, which stays as it is."""
+        data, grad, square = (t.numpy() for t in (self._flat.data, self._flat.grad, self.state["mean_square"]))
+        _native.rmsprop(
+            data, grad, square, scale, learning_rate, self._config.rmsprop_alpha, self._config.rmsprop_epsilon
+        )
 
 
 class GpuLearner(Learner):
@@ -165,9 +167,10 @@ class GpuLearner(Learner):
 
     @cached_property
     def _step_graph(self) -> CudaGraph[Terms]:
-        state = self._flat.data, self._flat.grad, self.mean_square
+        data, state = self._flat.data, self.state
         return CudaGraph(
-            lambda: self._rmsprop(*state), rehearsal=lambda: self._rmsprop(*(tensor.clone() for tensor in state))
+            lambda: self._whole_step(data, state),
+            rehearsal=lambda: self._whole_step(data.clone(), {name: values.clone() for name, values in state.items()}),
         )
 
     def _gradient(self, rollout: Rollout, measure: bool) -> Terms:
@@ -190,14 +193,18 @@ class GpuLearner(Learner):
         self._rate.fill_(learning_rate)
         return self._step_graph.replay()
 
-    def _rmsprop(self, data: torch.Tensor, grad: torch.Tensor, square: torch.Tensor) -> Terms:
-        config = self._config
+    def _whole_step(self, data: torch.Tensor, state: dict[str, torch.Tensor]) -> Terms:
         # Squares may be beyond float32.
-        grad_norm, before = torch.linalg.vector_norm(grad, dtype=torch.float64), data.clone()
-        grad.mul_((config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1))
+        grad_norm, before = torch.linalg.vector_norm(self._flat.grad, dtype=torch.float64), data.clone()
+        scale = (self._config.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+        self._optimise_in_graph(data, self._flat.grad * scale, state)
+        return {"grad_norm": grad_norm, "update_norm": torch.linalg.vector_norm(data - before)}
+
+    def _optimise_in_graph(self, data: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        """`_optimise` in operations on tensors (n,): `grad` is scaled, and `_rate` the learning rate."""
+        config, square = self._config, state["mean_square"]
         square.mul_(config.rmsprop_alpha).addcmul_(grad, grad, value=1 - config.rmsprop_alpha)
         data.addcdiv_(grad * self._rate, square.sqrt().add_(config.rmsprop_epsilon), value=-1)
-        return {"grad_norm": grad_norm, "update_norm": torch.linalg.vector_norm(data - before)}
 
 
 def learner_class(device: torch.device) -> type[Learner]:

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from choices import LEARNERS, named
 from gymnasium.vector import AutoresetMode
 from scripted import vector
 from test_environments import LIVES, TERMINATES, TRUNCATES
@@ -23,6 +24,8 @@ from gala_mpi.learning.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.learning.rollout import Collector, Rollout
 
 CONFIG = LearnerConfig(gamma=0.5, value_weight=0.25, entropy_weight=0.1)
+# A new optimiser is among them by itself.
+for_each_choice = pytest.mark.parametrize("choice", LEARNERS, ids=named)
 
 
 def hand_made() -> Rollout:
@@ -244,10 +247,13 @@ class Eager:
         self.replay = work
 
 
-def test_the_halves_of_an_update_on_a_gpu_are_those_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@for_each_choice
+def test_the_halves_of_an_update_on_a_gpu_are_those_on_the_cpu(
+    choice: LearnerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All but the graphs, which `test_gpu.py` tries: the same losses and parameters, clipped, at a changing rate."""
     monkeypatch.setattr(learner_module, "CudaGraph", Eager)
-    config = LearnerConfig(learning_rate_decay="linear", learning_rate_warmup=10)
+    config = dataclasses.replace(choice, learning_rate_warmup=10)
     found = []
     for kind in (Learner, GpuLearner):
         simulators = make_simulators(EnvironmentConfig(env="CartPole-v1", simulators=4), threads=1)
@@ -262,14 +268,16 @@ def test_the_halves_of_an_update_on_a_gpu_are_those_on_the_cpu(monkeypatch: pyte
             made = learner.update(rollout, update / 40, measure=True)
             losses.append([float(getattr(made, name)) for name in vars(made)])
         assert (np.array(losses)[:, list(vars(made)).index("grad_norm")] > config.max_grad_norm).any()
-        found.append((np.array(losses), flat.data.numpy(), learner.mean_square.numpy()))
-    for cpu, gpu in zip(*found, strict=True):
-        np.testing.assert_allclose(gpu, cpu, rtol=1e-3, atol=1e-5)
+        found.append({"losses": np.array(losses), "parameters": flat.data.numpy(), **learner.state})
+    assert found[0].keys() == found[1].keys()
+    for name, cpu in found[0].items():
+        np.testing.assert_allclose(found[1][name], cpu, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", [Learner, GpuLearner])
+@for_each_choice
 def test_a_gradient_whose_squares_float32_cannot_hold_is_clipped_like_any_other(
-    kind: type[Learner], monkeypatch: pytest.MonkeyPatch
+    choice: LearnerConfig, kind: type[Learner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its norm would be infinite, its scale zero, and nothing would be learned for ever."""
     monkeypatch.setattr(learner_module, "CudaGraph", Eager)
@@ -277,9 +285,11 @@ def test_a_gradient_whose_squares_float32_cannot_hold_is_clipped_like_any_other(
     for size in (10.0, 1e25, 1e36):
         policy = MLPPolicy(4, (8,), 2, torch.Generator().manual_seed(1))
         flat = FlatParameters(policy)
-        learner, before = kind(flat, LearnerConfig(), 1e-3), flat.data.clone()
+        learner, before = kind(flat, choice, 1.0), flat.data.clone()
         flat.grad.copy_(size * torch.linspace(-1, 1, flat.size))
-        terms = learner._step(1e-3, measure=True)
+        gradient = flat.grad.clone()
+        terms = learner._step(1.0, measure=True)
+        assert torch.equal(flat.grad, gradient)
         assert float(terms["grad_norm"]) == pytest.approx(size * np.sqrt(flat.size / 3), rel=0.1)
         changes.append((flat.data - before).numpy())
     assert np.abs(changes[0]).max() > 1e-3
@@ -341,7 +351,7 @@ def test_the_gradient_is_averaged_before_it_is_clipped() -> None:
     assert len(seen) == 1 and seen[0].shape == (flat.size,)
     torch.testing.assert_close(losses.grad_norm, 1000 * seen[0].norm())
     # The optimiser's first mean square is a share of the gradient that it took.
-    taken = (learner.mean_square.sum() / (1 - config.rmsprop_alpha)).sqrt()
+    taken = (learner.state["mean_square"].sum() / (1 - config.rmsprop_alpha)).sqrt()
     torch.testing.assert_close(taken, torch.tensor(0.5), rtol=1e-4, atol=0)
 
 
@@ -350,7 +360,7 @@ def test_a_short_gradient_is_left_as_it_is() -> None:
     learner, flat, collector = small_learner(config)
     losses = learner.update(collector.collect(), 0.0, measure=False)
     torch.testing.assert_close(flat.grad.norm(), losses.grad_norm, rtol=0, atol=0)
-    torch.testing.assert_close(learner.mean_square, (1 - config.rmsprop_alpha) * flat.grad.square())
+    torch.testing.assert_close(learner.state["mean_square"], (1 - config.rmsprop_alpha) * flat.grad.square())
 
 
 def test_the_optimiser_takes_the_averaged_gradient_once_an_update() -> None:
@@ -421,14 +431,15 @@ def test_the_step_is_that_of_torchs_rmsprop(decay: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_shows_in_the_parameters(value: float) -> None:
+@for_each_choice
+def test_a_gradient_that_is_not_finite_shows_in_the_parameters(choice: LearnerConfig, value: float) -> None:
     """As with torch's own: the exchange sees it, and quarantines the rank."""
 
     def spoil(grad: torch.Tensor) -> None:
         grad[0] = value
 
-    learner, flat, collector = small_learner(LearnerConfig(), average_gradient=spoil)
+    learner, flat, collector = small_learner(choice, average_gradient=spoil)
     learner.update(collector.collect(), 0.0, measure=False)
     assert flat.data[0].isnan() and (value == float("inf") or flat.data.isnan().all())
     learner.forget()
-    assert (learner.mean_square == 0).all()
+    assert all((values == 0).all() for values in learner.state.values())

@@ -21,12 +21,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from choices import LEARNERS, named, with_another
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from gala_mpi import files
+from gala_mpi.config import ConfigError, LearnerConfig, TrainConfig
+from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.learning.environments import Episode
+from gala_mpi.learning.learner import Learner
+from gala_mpi.learning.networks import MLPPolicy
 from gala_mpi.storage import checkpoint
 from gala_mpi.storage.checkpoint import (
     BEST,
@@ -39,7 +44,8 @@ from gala_mpi.storage.checkpoint import (
     ranks_with_checkpoints,
     read,
 )
-from gala_mpi.train.checkpointer import ENOUGH_EPISODES, Checkpointer, Identity
+from gala_mpi.storage.resume import FIXED, Resumption, check_changes
+from gala_mpi.train.checkpointer import ENOUGH_EPISODES, Checkpointer, Identity, flat_tensors
 
 FACTS = Facts(
     run_id="f" * 32,
@@ -308,16 +314,31 @@ def test_numbers_of_a_run_that_blows_up_can_be_read() -> None:
     assert repr(decode(encode(TENSORS, large))[0]) == repr(large)
 
 
-def checkpointer(folder: CheckpointFolder, rank: int, size: int, *, synchronous: bool = False) -> Checkpointer:
-    """One of a rank without a network, whose checkpoints are due every 300 s."""
-    flat = SimpleNamespace(data=torch.zeros(2), by_name=lambda values: {"w": values})
-    exchange = SimpleNamespace(synchronous=synchronous, counters=SimpleNamespace(), in_neighbours=[])
+def learner_of(config: LearnerConfig, seed: int = 1) -> tuple[FlatParameters, Learner]:
+    flat = FlatParameters(MLPPolicy(4, config.hidden, 2, torch.Generator().manual_seed(seed)))
+    return flat, Learner(flat, config, 1e-2)
+
+
+def checkpointer(
+    folder: CheckpointFolder,
+    rank: int,
+    size: int,
+    *,
+    synchronous: bool = False,
+    learner: tuple[FlatParameters, Learner] | None = None,
+) -> Checkpointer:
+    """One of a rank without a network, or with that of a learner. Checkpoints are due every 300 s."""
+    plain = SimpleNamespace(data=torch.zeros(2), by_name=lambda values: {"w": values}), SimpleNamespace(state={})
+    flat, learning = learner or plain
+    exchange = SimpleNamespace(
+        synchronous=synchronous, counters=SimpleNamespace(), in_neighbours=[], go_on_from=lambda *_: None
+    )
     parts: Any = SimpleNamespace(
         flat=flat,
-        learner=SimpleNamespace(state={"mean_square": torch.zeros(2)}),
+        learner=learning,
         collector=SimpleNamespace(state=dict),
         exchange=exchange,
-        board=SimpleNamespace(total_steps=0),
+        board=SimpleNamespace(total_steps=0, go_on_from=lambda *_: None),
         stopwatch=SimpleNamespace(seconds={}),
     )
     return Checkpointer(folder, parts, Identity("0" * 32, 0, rank, size, {}), 300.0)
@@ -355,6 +376,65 @@ def test_a_checkpoint_that_failed_is_tried_again_and_the_best_needs_some_episode
         mine.note_episodes([Episode(0, episode_return, 1)] * 100, 400.0)
         mine.save(number, 0, 400.0)
     assert read(folder.path / BEST, 10**6).facts.update == 5 and folder.best_return(10**6, accept) == 9.0
+
+
+@pytest.mark.parametrize("choice", LEARNERS, ids=named)
+def test_the_optimiser_goes_on_from_a_checkpoint_as_if_nothing_had_been(choice: LearnerConfig, tmp_path: Path) -> None:
+    random_numbers = torch.Generator().manual_seed(1)
+    before, after = learner_of(choice, seed=1), learner_of(choice, seed=2)
+
+    def step(flat: FlatParameters, learner: Learner, gradient: torch.Tensor) -> None:
+        flat.grad.copy_(gradient)
+        learner._step(1e-2, measure=False)
+        learner.updates += 1
+
+    for _ in range(3):
+        step(*before, torch.randn(before[0].size, generator=random_numbers))
+    # A state that stays zero is none, or is not the one that `_optimise` works on.
+    assert all(values.any() for values in before[1].state.values()), before[1].state.keys()
+    folder = CheckpointFolder(tmp_path, 0)
+    (tmp_path / "run.json").write_text('{"run_id": "%s"}' % ("0" * 32))
+    checkpointer(folder, 0, 1, learner=before).save(before[1].updates, 0, 10.0)
+    found = read(folder.newest_first()[0], 10**6)
+    resumption = Resumption(found, found, own=False, size_before=1, agent_steps=[0], updates=[3], time_s=10.0)
+    checkpointer(folder, 0, 1, learner=after).restore(resumption)
+    gradient = torch.randn(before[0].size, generator=random_numbers)
+    for flat, learner in (before, after):
+        step(flat, learner, gradient)
+    tensors = [flat_tensors(*one) | {"updates": torch.tensor(one[1].updates)} for one in (before, after)]
+    for name, values in tensors[0].items():
+        assert torch.equal(values, tensors[1][name]), name
+
+
+def held(config: LearnerConfig) -> dict[str, torch.Size]:
+    """What a checkpoint holds of the learner, by name."""
+    flat, learner = learner_of(config)
+    return {
+        prefix + name: value.shape
+        for prefix, values in flat_tensors(flat, learner).items()
+        for name, value in flat.by_name(values).items()
+    }
+
+
+def test_a_setting_that_changes_what_a_checkpoint_holds_is_fixed() -> None:
+    """Else a run could be resumed with it, and each of its checkpoints would be refused as if it were damaged."""
+    plain = LearnerConfig()
+    names = [field.name for field in dataclasses.fields(plain)]
+    others = [*LEARNERS, *(with_another(plain, name) for name in names)]
+    unfit = [other for other in others if held(other) != held(plain)]
+    must_be = {name for other in unfit for name in names if vars(other)[name] != vars(plain)[name]}
+    assert "hidden" in must_be
+    assert must_be <= set(FIXED), f"add {must_be - set(FIXED)} to FIXED in gala_mpi/storage/resume.py"
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_run_goes_on_with_no_other_value_of_what_is_fixed(name: str) -> None:
+    before = TrainConfig()
+    section = next(section for section, values in before.as_dict().items() if name in values)
+    now = dataclasses.replace(before, **{section: with_another(getattr(before, section), name)})
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: .*, as in the run in runs/it"):
+        check_changes(before, now, Path("runs/it"))
+    assert check_changes(before, before, Path("runs/it")) == []
 
 
 def test_a_run_in_whose_place_another_is_leaves_that_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
