@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,7 +92,7 @@ class Learner:
         """One step on `rollout`; `progress` in [0, 1] is how much of the budget is spent.
 
         Only with `measure` are the norm of the parameters' change, which costs a copy of them, and the explained
-        variance computed; else they are 0.
+        variance computed; else they are NaN.
         """
         learning_rate = self._rate_at(progress)
         terms = self._gradient(rollout, measure)
@@ -119,7 +120,7 @@ class Learner:
 
     def _loss(self, rollout: Rollout, measure: bool) -> tuple[torch.Tensor, Terms]:
         total, policy_loss, value_loss, entropy, returns = actor_critic_loss(rollout, self._config)
-        explained = _explained_variance(rollout, returns) if measure else returns.new_zeros(())
+        explained = _explained_variance(rollout, returns) if measure else returns.new_full((), math.nan)
         terms = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
         return total, {"explained_variance": explained} | {name: term.detach() for name, term in terms.items()}
 
@@ -137,7 +138,7 @@ class Learner:
         before = data.clone() if measure else data
         # A norm that is not a number makes all of them so: no half of the parameters goes on.
         self._optimise(min(self._config.max_grad_norm / (float(grad_norm) + 1e-6), 1.0), learning_rate)
-        update_norm = torch.linalg.vector_norm(data - before) if measure else grad_norm.new_zeros(())
+        update_norm = torch.linalg.vector_norm(data - before) if measure else grad_norm.new_full((), math.nan)
         return {"grad_norm": grad_norm, "update_norm": update_norm}
 
     def _optimise(self, scale: float, learning_rate: float) -> None:

@@ -54,7 +54,7 @@ _STEPS = Column("agent_steps", "<i8", "steps", "steps of this rank's simulators"
 TABLES = (
     Table(
         "updates",
-        "one record, every --record-every updates",
+        "one record, every --record-every updates, and at the update after which a rank ends since it diverged",
         (
             *_WHEN,
             _STEPS,
@@ -122,8 +122,10 @@ READING = {
     "value_loss": "falls, and is of the size of the returns' variance. Bad: infinite, or it rises for good",
     "entropy": "begins at the logarithm of the number of actions, and falls slowly. Bad: 0 before the task is solved",
     "grad_norm": "a few times `--max-grad-norm` at most. Bad: far above it for long, 0, or not a number",
-    "update_norm": "a small, steady share of the parameters' norm (table `sketches`). Bad: 0, or jumps",
-    "explained_variance": "rises towards 1. Bad: 0 to four digits for hundreds of updates: the critic is dead",
+    "update_norm": "a small, steady share of the parameters' norm (table `sketches`). Bad: 0, or jumps. NaN alone: not "
+    "measured, in the last row of a rank that diverged",
+    "explained_variance": "rises towards 1. Bad: 0 to four digits for hundreds of updates: the critic is dead. NaN "
+    "alone: as `update_norm`",
     "rollout_s": "grows by the same amount in each update",
     "learn_s": "grows by the same amount in each update",
     "exchange_s": "about a hundredth of `rollout_s` and `learn_s` together. Bad: a tenth and more",

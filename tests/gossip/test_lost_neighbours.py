@@ -239,14 +239,19 @@ def test_a_rank_that_is_to_stop_on_divergence_ends_alone(mpi: Mpi, tmp_path: Pat
         assert table["messages_rejected"][-1] == 0 and np.isfinite(table["policy_loss"]).all()
 
 
-@pytest.mark.parametrize(("exchange", "where", "diverged"), [("none", "1", "1"), ("allreduce", "all", "0, 1, 2")])
+@pytest.mark.parametrize(
+    ("exchange", "where", "diverged", "every"), [("none", "1", "1", 7), ("allreduce", "all", "0, 1, 2", 1)]
+)
 def test_a_rank_without_a_neighbour_to_adopt_from_ends(
-    one_mpi: Mpi, exchange: str, where: str, diverged: str, tmp_path: Path
+    one_mpi: Mpi, exchange: str, where: str, diverged: str, every: int, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    args = ("--preset", "cartpole", "--record-every", "1", "--total-steps", "20_000", "--exchange", exchange)
+    args = ("--preset", "cartpole", "--record-every", str(every), "--total-steps", "20_000", "--exchange", exchange)
     done = one_mpi.run(3, PACED, "0", *args, "--out", str(run), env={"NAN_AT": f"{where}:30"})
     assert done.returncode == 4, done.stderr
     assert f"ranks that diverged: {diverged}\n" in done.stdout
-    assert rows(run, 1, "updates")[-1]["update"] == 30
+    last = rows(run, 1, "updates")[-1]
+    assert last["update"] == 30 and last["divergences"] == 1 and np.isfinite(last["entropy"])
+    # What was not measured at that update is not told as if it were zero.
+    assert np.isnan([last["update_norm"], last["explained_variance"]]).all() == (30 % every != 0)
     assert (rows(run, 0, "updates")["update"][-1] > 30) == (exchange == "none")

@@ -230,6 +230,12 @@ def test_the_measured_norm_is_that_of_the_change() -> None:
     assert losses.update_norm > 0
 
 
+def test_what_is_not_measured_is_not_a_number() -> None:
+    learner, _, collector = small_learner(LearnerConfig())
+    losses = learner.update(collector.collect(), 0.0, measure=False)
+    assert {name for name, value in vars(losses).items() if value.isnan()} == {"update_norm", "explained_variance"}
+
+
 def test_linear_decay_scales_the_step_and_ends_at_none() -> None:
     changes = []
     for progress in (0.0, 0.75, 1.0, 1.5):
