@@ -92,7 +92,8 @@ class Recorder:
         """
         names = self._columns[table]
         if row.keys() != names.keys():
-            raise ValueError(f"a row of {table} differs from its columns in {sorted(row.keys() ^ names.keys())}")
+            missing, unknown = sorted(names.keys() - row.keys()), sorted(row.keys() - names.keys())
+            raise ValueError(f"a row of {table}: columns without values: {missing}; values without columns: {unknown}")
         self._rows[table].append(tuple([row[name] for name in names]))
 
     def flush_if_due(self) -> None:

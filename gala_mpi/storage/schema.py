@@ -14,6 +14,7 @@ import numpy as np
 
 from gala_mpi.stopwatch import PARTS
 
+# Readers refuse another. A new column leaves it; a column that goes, or means something else, raises it.
 SCHEMA_VERSION = 1
 
 
@@ -143,4 +144,4 @@ READING = {
     "distance": "as `neighbour_distance` of the table `updates`",
     "lost": "False. Bad: True for a rank that still runs",
 }
-"""What a good and a bad value of a column looks like, for those that a user watches."""
+"""What good and bad values of a column look like: of each of `updates`, and of those of other tables to be watched."""

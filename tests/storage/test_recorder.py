@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,8 +133,9 @@ def test_an_existing_file_is_never_touched(tmp_path: Path) -> None:
 def test_a_row_has_a_value_for_each_column_and_no_other(tmp_path: Path, change: str) -> None:
     recorder = Recorder(rank_file(tmp_path, 0), {}, RecordConfig(), seed=1)
     row = {**EPISODE, "lives": 3} if change == "a column more" else {k: v for k, v in EPISODE.items() if k != "length"}
-    named = "lives" if change == "a column more" else "length"
-    with pytest.raises(ValueError, match=rf"a row of episodes differs from its columns in \['{named}'\]"):
+    missing, unknown = ([], ["lives"]) if change == "a column more" else (["length"], [])
+    said = f"a row of episodes: columns without values: {missing}; values without columns: {unknown}"
+    with pytest.raises(ValueError, match=re.escape(said)):
         recorder.append("episodes", **row)
     # In whatever order they are given.
     recorder.append("episodes", **dict(reversed({**EPISODE, "length": 7}.items())))
