@@ -1,7 +1,8 @@
-"""mpirun -n N python -m mpi4py tests/gossip/programs/library.py [--raise]
+"""mpirun -n 4 python -m mpi4py tests/gossip/programs/library.py [--sizes 1 2 3 4] [--raise]
 
-What a user of gala_mpi.Gossip may rely on. Every rank runs all scenarios in turn, each an invariant under its name;
-rank 0 prints `ok NAME` when all ranks have come through. A failed assertion ends the job, by `-m mpi4py`.
+What a user of gala_mpi.Gossip may rely on. For each of the sizes as many of the ranks, with a communicator of their
+own, run all scenarios in turn, each an invariant under its name; rank 0 prints `ok SIZE NAME` when all of them have
+come through. A failed assertion ends the job, by `-m mpi4py`.
 
 With --raise the last rank raises in the middle of its loop, which has to end the others too.
 """
@@ -22,12 +23,15 @@ from torch import nn
 
 import gala_mpi
 from gala_mpi.gossip.topology import Topology, make_topology
+from gala_mpi.mpi.waiting import meet
 
+# Those of the scenarios that run.
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
 LAST = SIZE - 1
 # Far above what any wait takes here that ends by itself; a step that ran into the timeout is seen by its duration.
 TIMEOUT_S = 30.0
+SIZE_WITHIN_S = 240.0
 
 
 def rank_model(seed: int = 0) -> nn.Sequential:
@@ -391,6 +395,25 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
 )
 
 
+def run_scenarios(size: int, only: str) -> None:
+    """Run them on the first `size` ranks; the others wait. Collective."""
+    global COMM, RANK, SIZE, LAST
+    COMM = MPI.COMM_WORLD.Split(MPI.COMM_WORLD.rank < size)
+    RANK, SIZE = COMM.rank, COMM.size
+    LAST = SIZE - 1
+    if MPI.COMM_WORLD.rank < size:
+        for scenario in SCENARIOS:
+            if only in scenario.__name__:
+                begin = time.monotonic()
+                scenario()
+                COMM.Barrier()
+                if RANK == 0:
+                    print(f"ok {size} {scenario.__name__} {time.monotonic() - begin:.2f} s", flush=True)
+    if not meet(MPI.COMM_WORLD, SIZE_WITHIN_S):
+        raise TimeoutError(f"not all scenarios on {size} ranks within {SIZE_WITHIN_S} s")
+    COMM.Free()
+
+
 def raise_in_the_loop() -> None:
     """The last rank fails; the others would go on for ever."""
     with gala_mpi.Gossip(rank_model(), COMM, max_staleness=0) as gossip:
@@ -404,18 +427,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--raise", action="store_true", dest="raise_")
     parser.add_argument("--only", default="")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[MPI.COMM_WORLD.size])
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     if args.raise_:
         raise_in_the_loop()
-    for scenario in SCENARIOS:
-        if args.only in scenario.__name__:
-            begin = time.monotonic()
-            scenario()
-            COMM.Barrier()
-            if RANK == 0:
-                print(f"ok {scenario.__name__} {time.monotonic() - begin:.2f} s", flush=True)
+    for size in args.sizes:
+        run_scenarios(size, args.only)
 
 
 if __name__ == "__main__":
