@@ -13,7 +13,7 @@ PYTHON ?= python3
 RANKS ?= 4
 DEMO_SECONDS ?= 120
 # Three at a time: many tests wait for ranks that are slow, silent or gone.
-PYTEST_ARGS ?= -n 3
+PYTEST_ARGS ?= -n 3 --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 SECOND := .venv-openmpi
@@ -43,7 +43,7 @@ quick: style
 	GALA_MPI_SECOND_ENV=none $(BIN)/python -m pytest -q -m "not slow" $(T)
 
 check: style
-	GALA_MPI_SECOND_ENV=none $(BIN)/python -m pytest -q -n 2 -m "not slow and (check or not job)" --durations=20
+	GALA_MPI_SECOND_ENV=none $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and (check or not job)" --durations=20
 
 lint: style
 	$(BIN)/shellcheck jobs/*.sbatch jobs/*.sh tests/*.sh .ci/run

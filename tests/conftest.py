@@ -8,13 +8,14 @@ tests' folder; `make test` sets both up).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,10 +151,14 @@ STARTS_RANKS = {"mpi", "mpis", "one_mpi", "mpich", "cluster"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts ranks: `make check` leaves it out, but for one test of each kind."""
+    """Mark what starts ranks: `make check` leaves it out, but for one test of each kind. What is slow comes first.
+
+    A long test that comes last would run alone.
+    """
     for item in items:
         if STARTS_RANKS.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("job")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def _get(name: str) -> Mpi:
@@ -162,6 +167,32 @@ def _get(name: str) -> Mpi:
             pytest.fail(f"{name} is required but was not found")
         pytest.skip(f"no {name} here: `make test` sets it up")
     return MPIS[name]
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: the folder that `make` fills for all tests that read it, whatever worker comes first."""
+    # That of a worker lies in the one of the session.
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / "once" / name
+        folder.parent.mkdir(exist_ok=True)
+        with Path(f"{folder}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                folder.mkdir()
+                make(folder)
+                Path(f"{folder}.made").touch()
+        if not Path(f"{folder}.made").exists():
+            pytest.fail(f"{name} could not be made: the test that came first tells why")
+        return folder
+
+    return made
 
 
 @pytest.fixture(params=["mpich", "openmpi"])
@@ -176,10 +207,15 @@ def mpis() -> dict[str, Mpi]:
     return {name: _get(name) for name in ("mpich", "openmpi")}
 
 
+def either() -> Mpi:
+    """The library that `one_mpi` is."""
+    return MPIS.get("mpich") or _get("openmpi")
+
+
 @pytest.fixture
 def one_mpi() -> Mpi:
     """Either MPI library, for what does not depend on it."""
-    return MPIS.get("mpich") or _get("openmpi")
+    return either()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from choices import LEARNERS, named
 from conftest import Mpi
-from test_determinism import check_same
+from test_determinism import check_same, make_runs
 from test_resume import CARTPOLE, assert_goes_on_to_the_bit, assert_same_parameters, newest, resume
 
 from gala_mpi.config import EnvironmentConfig, LearnerConfig
@@ -135,7 +135,9 @@ def test_updates_on_a_gpu_are_those_on_the_cpu(choice: LearnerConfig) -> None:
 
 def test_a_run_is_the_same_to_the_bit_each_time(one_mpi: Mpi, tmp_path: Path) -> None:
     """Convolutions and all."""
-    check_same(one_mpi, 1, ("--env", "ALE/Pong-v5", "--device", "cuda", "--total-steps", "4000"), tmp_path)
+    args = ("--env", "ALE/Pong-v5", "--device", "cuda", "--total-steps", "4000")
+    make_runs(one_mpi, 1, {"pong": args}, tmp_path)
+    check_same(tmp_path, "pong", 1)
 
 
 def test_ranks_share_a_device(mpi: Mpi, tmp_path: Path) -> None:

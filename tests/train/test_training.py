@@ -10,7 +10,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import Mpi
+from conftest import Mpi, Once
+from several import train_all
 
 COMMAND = ("-m", "gala_mpi", "train", "--preset", "cartpole", "--flush-every-s", "0.5", "--record-every", "1")
 
@@ -25,16 +26,51 @@ def attribute(folder: Path, rank: int, name: str) -> object:
         return file.attrs[name]
 
 
+# Short runs by the number of their ranks; those of one number share a launch.
+SHORT = {
+    2: {
+        "independent": ("--exchange", "none", "--total-steps", "20_000"),
+        "bfloat16": ("--wire", "bfloat16", "--total-steps", "30_000"),
+        "float16": ("--wire", "float16", "--total-steps", "30_000"),
+    },
+    3: {
+        "allreduce": ("--exchange", "allreduce", "--total-steps", "20_000", "--sketch-every-s", "0.05"),
+        "zero staleness": ("--max-staleness", "0", "--total-steps", "20_000"),
+    },
+    4: {
+        "complete": ("--topology", "complete", "--total-steps", "30_000"),
+        "hypercube": ("--topology", "hypercube", "--total-steps", "30_000"),
+    },
+}
+
+
+def short_runs(once: Once, mpi: Mpi, size: int) -> Path:
+    """The folder of the short runs of so many ranks."""
+    runs = {name: (*COMMAND[3:], *args) for name, args in SHORT[size].items()}
+    return once(f"short-{mpi.name}-{size}", lambda folder: train_all(mpi, size, runs, folder))
+
+
+def gossip_run(once: Once, mpi: Mpi, size: int) -> Path:
+    """The folder of a run of gossip over a ring, `run`, and of what it said, `output`."""
+
+    def make(folder: Path) -> None:
+        args = ("--total-steps", "24_000", "--sketch-every-s", "0.2", "--seed", "9", "--out", str(folder / "run"))
+        done = mpi.run(size, *COMMAND, *args)
+        assert done.returncode == 0, done.stderr
+        (folder / "output").write_text(done.stdout)
+
+    return once(f"gossip-{mpi.name}-{size}", make)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_gossip_runs_to_the_end_of_the_shared_budget(mpi: Mpi, size: int, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done = mpi.run(size, *COMMAND, "--total-steps", "40_000", "--sketch-every-s", "0.2", "--out", str(run))
-    assert done.returncode == 0, done.stderr
+def test_gossip_runs_to_the_end_of_the_shared_budget(mpi: Mpi, size: int, once: Once) -> None:
+    folder = gossip_run(once, mpi, size)
+    run, output = folder / "run", (folder / "output").read_text()
     assert len(list(run.glob("rank-*.h5"))) == size
     updates = [rows(run, rank, "updates") for rank in range(size)]
     steps = sum(int(table["agent_steps"][-1]) for table in updates)
-    said = re.search(r"finished: ([\d,]+) steps", done.stdout)
-    assert said is not None and int(said.group(1).replace(",", "")) == steps >= 40_000
+    said = re.search(r"finished: ([\d,]+) steps", output)
+    assert said is not None and int(said.group(1).replace(",", "")) == steps >= 24_000
     for rank, table in enumerate(updates):
         np.testing.assert_array_equal(table["update"], np.arange(1, len(table) + 1))
         assert np.isfinite([table[name] for name in ("policy_loss", "value_loss", "entropy", "grad_norm")]).all()
@@ -50,10 +86,8 @@ def test_gossip_runs_to_the_end_of_the_shared_budget(mpi: Mpi, size: int, tmp_pa
         assert not neighbours["lost"].any()
 
 
-def test_all_ranks_share_the_runs_attributes(one_mpi: Mpi, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done = one_mpi.run(3, *COMMAND, "--total-steps", "10_000", "--seed", "9", "--out", str(run))
-    assert done.returncode == 0, done.stderr
+def test_all_ranks_share_the_runs_attributes(one_mpi: Mpi, once: Once) -> None:
+    run = gossip_run(once, one_mpi, 3) / "run"
     for name in ("run_id", "t0", "started", "config", "size", "env_id", "mpi_library"):
         values = {str(attribute(run, rank, name)) for rank in range(3)}
         assert len(values) == 1, name
@@ -65,11 +99,8 @@ def test_all_ranks_share_the_runs_attributes(one_mpi: Mpi, tmp_path: Path) -> No
 
 
 @pytest.mark.check
-def test_all_reduce_keeps_every_rank_on_the_same_parameters(mpi: Mpi, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    args = ("--exchange", "allreduce", "--total-steps", "20_000", "--sketch-every-s", "0.05", "--out", str(run))
-    done = mpi.run(3, *COMMAND, *args)
-    assert done.returncode == 0, done.stderr
+def test_all_reduce_keeps_every_rank_on_the_same_parameters(mpi: Mpi, once: Once) -> None:
+    run = short_runs(once, mpi, 3) / "allreduce"
     tables = [rows(run, rank, "updates") for rank in range(3)]
     assert len({len(table) for table in tables}) == 1
     np.testing.assert_array_equal(tables[0]["grad_norm"], tables[1]["grad_norm"])
@@ -81,20 +112,16 @@ def test_all_reduce_keeps_every_rank_on_the_same_parameters(mpi: Mpi, tmp_path: 
         np.testing.assert_array_equal(sketches[0][update], sketches[1][update])
 
 
-def test_independent_agents_send_nothing_and_drift_apart(one_mpi: Mpi, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done = one_mpi.run(2, *COMMAND, "--exchange", "none", "--total-steps", "20_000", "--out", str(run))
-    assert done.returncode == 0, done.stderr
+def test_independent_agents_send_nothing_and_drift_apart(one_mpi: Mpi, once: Once) -> None:
+    run = short_runs(once, one_mpi, 2) / "independent"
     tables = [rows(run, rank, "updates") for rank in range(2)]
     assert all(table["messages_sent"][-1] == 0 for table in tables)
     assert tables[0]["grad_norm"][0] != tables[1]["grad_norm"][0]
 
 
 @pytest.mark.parametrize("topology", ["complete", "hypercube"])
-def test_other_topologies_mix_all_in_neighbours(one_mpi: Mpi, topology: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done = one_mpi.run(4, *COMMAND, "--topology", topology, "--total-steps", "30_000", "--out", str(run))
-    assert done.returncode == 0, done.stderr
+def test_other_topologies_mix_all_in_neighbours(one_mpi: Mpi, topology: str, once: Once) -> None:
+    run = short_runs(once, one_mpi, 4) / topology
     degree = {"complete": 3, "hypercube": 2}[topology]
     for rank in range(4):
         assert len(set(rows(run, rank, "neighbours")["rank"])) == degree
@@ -104,10 +131,8 @@ def test_other_topologies_mix_all_in_neighbours(one_mpi: Mpi, topology: str, tmp
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
-def test_narrow_wires_keep_ranks_together(one_mpi: Mpi, wire: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done = one_mpi.run(2, *COMMAND, "--wire", wire, "--total-steps", "30_000", "--out", str(run))
-    assert done.returncode == 0, done.stderr
+def test_narrow_wires_keep_ranks_together(one_mpi: Mpi, wire: str, once: Once) -> None:
+    run = short_runs(once, one_mpi, 2) / wire
     for rank in range(2):
         table = rows(run, rank, "updates")
         assert table["messages_mixed"][-1] > 0 and table["messages_rejected"][-1] == 0
@@ -116,10 +141,8 @@ def test_narrow_wires_keep_ranks_together(one_mpi: Mpi, wire: str, tmp_path: Pat
 
 
 @pytest.mark.check
-def test_zero_staleness_mixes_at_every_update(mpi: Mpi, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done = mpi.run(3, *COMMAND, "--max-staleness", "0", "--total-steps", "20_000", "--out", str(run))
-    assert done.returncode == 0, done.stderr
+def test_zero_staleness_mixes_at_every_update(mpi: Mpi, once: Once) -> None:
+    run = short_runs(once, mpi, 3) / "zero staleness"
     for rank in range(3):
         table = rows(run, rank, "updates")
         np.testing.assert_array_equal(table["staleness"], 0)
@@ -127,10 +150,9 @@ def test_zero_staleness_mixes_at_every_update(mpi: Mpi, tmp_path: Path) -> None:
 
 
 SLOW = """
-import sys, time
-from gala_mpi import cli
-from gala_mpi.learning import rollout
+import time
 from mpi4py import MPI
+from gala_mpi.learning import rollout
 collect = rollout.Collector.collect
 def slow(self):
     if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1:
@@ -140,34 +162,38 @@ def slow(self):
         return rollout_made
     return collect(self)
 rollout.Collector.collect = slow
-sys.exit(cli.train(sys.argv[1:]))
 """
+# Budget, exchange, and the bound of staleness.
+SLOWED = [
+    ("shared", "gossip", None),
+    ("per-rank", "gossip", None),
+    ("per-rank", "gossip", 4),
+    ("shared", "none", None),
+    ("per-rank", "none", None),
+    ("shared", "allreduce", None),
+]
 
 
-@pytest.mark.parametrize(
-    ("budget", "exchange", "staleness"),
-    [
-        ("shared", "gossip", None),
-        ("per-rank", "gossip", None),
-        ("per-rank", "gossip", 4),
-        ("shared", "none", None),
-        ("per-rank", "none", None),
-        ("shared", "allreduce", None),
-    ],
-)
+def slowed_runs(once: Once, mpi: Mpi) -> Path:
+    """The folder of a run of 3 ranks for each of SLOWED, by its place there, of which the last rank is slow."""
+    runs = {}
+    for number, (budget, exchange, staleness) in enumerate(SLOWED):
+        args = ("--budget", budget, "--exchange", exchange, "--total-steps", "12_000")
+        args += () if staleness is None else ("--max-staleness", str(staleness))
+        runs[str(number)] = (*COMMAND[3:], *args)
+    return once(f"slowed-{mpi.name}", lambda folder: train_all(mpi, 3, runs, folder, first=SLOW, timeout_s=280))
+
+
+@pytest.mark.parametrize(("budget", "exchange", "staleness"), SLOWED)
 def test_every_rank_ends_when_one_is_ten_times_slower(
-    mpi: Mpi, budget: str, exchange: str, staleness: int | None, tmp_path: Path
+    mpi: Mpi, budget: str, exchange: str, staleness: int | None, once: Once
 ) -> None:
-    run = tmp_path / "run"
-    args = ["--budget", budget, "--exchange", exchange, "--total-steps", "24_000", "--out", str(run)]
-    args += [] if staleness is None else ["--max-staleness", str(staleness)]
-    done = mpi.run(3, "-c", SLOW, *COMMAND[3:], *args)
-    assert done.returncode == 0, done.stderr
+    run = slowed_runs(once, mpi) / str(SLOWED.index((budget, exchange, staleness)))
     steps = [int(rows(run, rank, "updates")["agent_steps"][-1]) for rank in range(3)]
-    assert sum(steps) >= 24_000
+    assert sum(steps) >= 12_000
     if budget == "per-rank":
         rollout = 16 * 8
-        assert all(8_000 <= taken < 8_000 + rollout for taken in steps)
+        assert all(4_000 <= taken < 4_000 + rollout for taken in steps)
     elif exchange != "allreduce":
         assert steps[2] < min(steps[:2]) / 2
     if staleness is not None:
@@ -236,9 +262,8 @@ def test_one_rank_without_a_launcher_is_reproducible(tmp_path: Path, one_mpi: Mp
         np.testing.assert_array_equal(tables[0][column], tables[1][column])
 
 
-def test_ranks_draw_different_simulators(one_mpi: Mpi, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    one_mpi.run(2, *COMMAND, "--exchange", "none", "--total-steps", "10_000", "--out", str(run))
+def test_ranks_draw_different_simulators(one_mpi: Mpi, once: Once) -> None:
+    run = short_runs(once, one_mpi, 2) / "independent"
     first, second = (rows(run, rank, "episodes")["episode_return"][:20].tolist() for rank in range(2))
     assert first != second
 
