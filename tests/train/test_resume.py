@@ -17,7 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import MPIS, ROOT, Mpi, finish, kill, rank_process
+from conftest import MPIS, ROOT, Mpi, Once, finish, kill, rank_process
 from test_cli import start_long_run
 
 from gala_mpi.config import ConfigError
@@ -35,19 +35,15 @@ TRAIN = ("-m", "gala_mpi", "train")
 CARTPOLE = (*TRAIN, "--preset", "cartpole", "--learning-rate-decay", "none", "--record-every", "1")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 2 ranks with several checkpoints each."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    args = (*CARTPOLE, "--total-steps", "6_400", "--checkpoint-every-s", "0.02", "--out", str(run))
-    assert next(iter(MPIS.values())).run(2, *args).returncode == 0
-    return run
-
-
 @pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+def run(once: Once, tmp_path: Path) -> Path:
+    """A copy of a finished run of 2 ranks with several checkpoints each."""
+
+    def make(folder: Path) -> None:
+        args = (*CARTPOLE, "--total-steps", "6_400", "--checkpoint-every-s", "0.02", "--out", str(folder / "run"))
+        assert next(iter(MPIS.values())).run(2, *args).returncode == 0
+
+    return Path(shutil.copytree(once("finished", make) / "run", tmp_path / "run"))
 
 
 def newest(run: Path, rank: int) -> Checkpoint:
@@ -160,9 +156,7 @@ def test_a_signal_and_a_resume_lose_nothing(mpi: Mpi, tmp_path: Path) -> None:
         assert 0 <= after["time_s"].iloc[0] - facts.time_s < 2
 
 
-def test_another_number_of_ranks_goes_on(mpi: Mpi, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    mpi.run(2, *CARTPOLE, "--total-steps", "12_800", "--out", str(run))
+def test_another_number_of_ranks_goes_on(mpi: Mpi, run: Path) -> None:
     totals = []
     for size, before in ((4, 2), (3, 4), (1, 3)):
         old = [newest(run, rank) for rank in range(before)]
@@ -278,12 +272,23 @@ def test_killed_ranks_lose_no_more_than_an_interval(mpi: Mpi, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "how", ["cut off", "a byte changed", "another run's", "a link", "of another rank", "no floats"]
+    ("one", "other"), [("cut off", "a byte changed"), ("another run's", "a link"), ("of another rank", "no floats")]
 )
 def test_a_broken_checkpoint_is_named_and_the_one_before_taken(
-    one_mpi: Mpi, how: str, run: Path, tmp_path: Path
+    one_mpi: Mpi, one: str, other: str, run: Path, tmp_path: Path
 ) -> None:
-    folder = CheckpointFolder(run, 1)
+    """On both ranks, of each in another way."""
+    expected = [_break_newest(run, 0, one, tmp_path), _break_newest(run, 1, other, tmp_path)]
+    said = resume(one_mpi, run, 2, "--total-steps", "100")
+    for rank, (broken, before, update) in enumerate(expected):
+        assert re.search(rf"WARNING: .*rank-{rank:05d}.*{broken}: cannot be used: \S", said)
+        assert f"rank {rank} goes on from {before}, of update {update}, instead" in said
+        assert newest(run, rank).facts.update == update
+
+
+def _break_newest(run: Path, rank: int, how: str, tmp_path: Path) -> tuple[str, str, int]:
+    """Break a rank's newest checkpoint; its name, that of the one before, and the update of that one."""
+    folder = CheckpointFolder(run, rank)
     last, before = folder.newest_first()[:2]
     # It may be of the same update as the last one.
     (folder.path / "best.safetensors").unlink(missing_ok=True)
@@ -296,18 +301,14 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_taken(
         checkpoint = read(last, 10**8)
         last.write_bytes(encode(checkpoint.tensors, dataclasses.replace(checkpoint.facts, run_id="0" * 32)))
     elif how == "of another rank":
-        shutil.copy(CheckpointFolder(run, 0).newest_first()[0], last)
+        shutil.copy(CheckpointFolder(run, 1 - rank).newest_first()[0], last)
     elif how == "no floats":
         _with_nan(last)
     else:
         (tmp_path / "elsewhere").write_bytes(content)
         last.unlink()
         last.symlink_to(tmp_path / "elsewhere")
-    expected = read(before, 10**8).facts.update
-    said = resume(one_mpi, run, 2, "--total-steps", "100")
-    assert re.search(rf"WARNING: .*{last.name}: cannot be used: \S", said)
-    assert f"rank 1 goes on from {before.name}, of update {expected}, instead" in said
-    assert newest(run, 1).facts.update == expected
+    return last.name, before.name, read(before, 10**8).facts.update
 
 
 def test_a_best_one_that_is_newer_than_what_is_left_is_taken(one_mpi: Mpi, run: Path) -> None:
