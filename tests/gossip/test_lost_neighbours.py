@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from cluster import Cluster
 from conftest import ROOT, Mpi, finish, kill, rank_process
+from test_cli import has_rows
 from test_training import rows
 
 PACED = str(ROOT / "tests" / "train" / "programs" / "paced.py")
@@ -35,21 +36,13 @@ def started(mpi: Mpi, folder: Path, size: int, *args: str, timeout_s: float = 2.
     process = mpi.start(size, PACED, "0.02", *ARGS, *patience, *args)
     try:
         deadline = time.monotonic() + 90
-        while not all(has_rows(folder / f"rank-{rank:05d}.h5") for rank in range(size)):
+        while not all(has_rows(folder / f"rank-{rank:05d}.h5", 6) for rank in range(size)):
             assert time.monotonic() < deadline and process.poll() is None, "the run did not start"
             time.sleep(0.1)
         yield process
     finally:
         kill(process)
         process.communicate()
-
-
-def has_rows(path: Path) -> bool:
-    try:
-        with h5py.File(path, "r", swmr=True, locking=False) as file:
-            return len(file["updates"]) > 5
-    except (OSError, KeyError):
-        return False
 
 
 def assert_survived(done: subprocess.CompletedProcess[str], folder: Path, size: int, lost: set[int]) -> None:

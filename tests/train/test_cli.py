@@ -180,13 +180,22 @@ sys.exit(cli.train(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("exchange", ["gossip", "allreduce", "none"])
-def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(mpi: Mpi, exchange: str, tmp_path: Path) -> None:
-    args = ("--preset", "cartpole", "--total-steps", "100_000_000", "--exchange", exchange, "--out", "run")
+def test_an_exception_on_one_rank_alone_ends_the_job_with_its_traceback(mpi: Mpi, tmp_path: Path) -> None:
+    """With exchanges: test_faults.py."""
+    args = ("--preset", "cartpole", "--total-steps", "100_000_000", "--exchange", "none", "--out", "run")
     done = mpi.run(3, "-c", RAISES, *args, timeout_s=90, cwd=tmp_path)
     assert done.returncode == 1
     assert "[1/3] RuntimeError: the simulator broke" in done.stderr
     assert "[1/3] Traceback (most recent call last):" in done.stderr
+
+
+def has_rows(path: Path, count: int) -> bool:
+    """Whether the file of a rank that may still run has so many rows of updates."""
+    try:
+        with h5py.File(path, "r", swmr=True, locking=False) as file:
+            return len(file["updates"]) >= count
+    except (OSError, KeyError, RuntimeError):
+        return False
 
 
 def start_long_run(
@@ -198,9 +207,7 @@ def start_long_run(
     )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
-        files = sorted(folder.glob("rank-*.h5"))
-        if len(files) == size:
-            time.sleep(2)
+        if all(has_rows(folder / f"rank-{rank:05d}.h5", 1) for rank in range(size)):
             return process
         time.sleep(0.1)
     process.kill()

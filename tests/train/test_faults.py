@@ -94,6 +94,7 @@ def test_a_simulator_that_raises_ends_all_ranks_with_checkpoints(mpi: Mpi, excha
     done = run_faulty(mpi, "raise", 3, run, *LONG, "--exchange", exchange)
     assert done.returncode == 1, done.stderr
     assert "[2/3] RuntimeError: the simulator broke" in done.stderr
+    assert "[2/3] Traceback (most recent call last):" in done.stderr
     assert "--resume goes on" in done.stderr and "ranks that ended by an error: 2" in done.stdout
     assert "stopped (rank 2 ended by an error, see above): " in done.stdout and "another rank" not in done.stdout
     assert_closed(run, 3, failed={2})
@@ -101,7 +102,8 @@ def test_a_simulator_that_raises_ends_all_ranks_with_checkpoints(mpi: Mpi, excha
         # Not only the one of the beginning.
         newest = read(CheckpointFolder(run, rank).newest_first()[0], 10**8)
         assert newest.facts.update == updates(run, rank)["update"][-1] > 0
-    again = mpi.run(3, *TRAIN[:3], "--resume", str(run), "--total-steps", "50_000")
+    steps = sum(int(updates(run, rank)["agent_steps"][-1]) for rank in range(3))
+    again = mpi.run(3, *TRAIN[:3], "--resume", str(run), "--total-steps", str(steps + 3 * 64 * 10))
     assert again.returncode == 0, again.stderr
 
 
@@ -180,14 +182,14 @@ def start(mpi: Mpi, run: Path, *args: str) -> subprocess.Popen[str]:
     return mpi.start(2, *TRAIN, *args, "--checkpoint-every-s", "0.5", "--out", str(run))
 
 
-def wait_for_rows(run: Path, count: int) -> None:
-    """Until each rank has left so many rows, and a checkpoint after the first."""
+def wait_for_rows(run: Path, count: int, newer_than: int = 0) -> None:
+    """Until each rank has left so many rows, and a checkpoint of a later update."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, RuntimeError, KeyError, IndexError, CheckpointError):
             newest = [CheckpointFolder(run, rank).newest_first()[0] for rank in range(2)]
             if all(len(updates(run, rank)) >= count for rank in range(2)) and all(
-                read(path, 10**7).facts.update > 0 for path in newest
+                read(path, 10**7).facts.update > newer_than for path in newest
             ):
                 return
         time.sleep(0.1)
@@ -196,7 +198,7 @@ def wait_for_rows(run: Path, count: int) -> None:
 
 def test_a_full_disk_is_waited_out(mpi: Mpi, small_disk: Path) -> None:
     run = small_disk / "run"
-    process = start(mpi, run, *LONG, "--time-limit-s", "18")
+    process = start(mpi, run, *LONG)
     wait_for_rows(run, 5)
     filler = small_disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb") as file:
@@ -205,15 +207,20 @@ def test_a_full_disk_is_waited_out(mpi: Mpi, small_disk: Path) -> None:
     time.sleep(6)
     # All that is there can be read, on a disk that is still full.
     before = [len(updates(run, rank)) for rank in range(2)]
+    newest = 0
     for rank in range(2):
         folder = CheckpointFolder(run, rank)
-        assert read(folder.newest_first()[0], 10**7).facts.update > 0
+        update = read(folder.newest_first()[0], 10**7).facts.update
+        assert update > 0
+        newest = max(newest, update)
         # Both go on trying.
         assert wait_until(lambda: not list(folder.path.glob("*.tmp")), 10)  # noqa: B023
     filler.unlink()
     resize(small_disk, "size=200m")
+    wait_for_rows(run, max(before) + 1, newer_than=newest)
+    process.send_signal(signal.SIGUSR1)
     done = finish(process, 60)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 75, done.stderr
     for rank in range(2):
         assert f"rank-{rank:05d}.h5: metrics cannot be written" in done.stderr
         assert f"rank-{rank:05d}: no checkpoint can be written" in done.stderr
