@@ -21,7 +21,7 @@ BELOW = {
     "gossip": {"mpi"},
     "storage": {"mpi"},
     "learning": {"gossip.parameters"},
-    "graphs": {"gossip.topology"},
+    "graphs": {"gossip.topology", "gossip.mixing"},
     "doctor": {"mpi", "gossip"},
     "bench": {"mpi", "gossip", "doctor"},
     "train": {"mpi", "gossip", "storage", "learning", "doctor"},

@@ -148,7 +148,7 @@ def _preflight(options: BenchOptions, comm: Intracomm, library: str) -> list[pla
     from gala_mpi.gossip.mailbox import lay_out
 
     largest = 4 * max(options.parameters)
-    sources = make_topology(options.topology, comm.size).in_edges[comm.rank]
+    sources = make_topology(options.topology, comm.size).in_neighbours(comm.rank)
     need = lay_out([largest] * len(sources))[1] + lay_out([largest])[1]
     places: list[placement.Placed] = comm.allgather(placement.placed(platform.node(), os.environ))
     sharing = sum(place.node == places[comm.rank].node for place in places)

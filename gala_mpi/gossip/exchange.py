@@ -16,7 +16,7 @@ from gala_mpi.gossip.gossip import DivergedError, ExchangeCounters, Gossip, shar
 from gala_mpi.gossip.mailbox import lay_out
 from gala_mpi.gossip.neighbours import InNeighbour
 from gala_mpi.gossip.parameters import FlatParameters
-from gala_mpi.gossip.topology import make_topology
+from gala_mpi.gossip.topology import Topology, make_topology
 from gala_mpi.mpi.waiting import Watchdog
 
 
@@ -26,6 +26,10 @@ class Exchange(Protocol):
     synchronous: bool
     counters: ExchangeCounters
     in_neighbours: list[InNeighbour]
+
+    @property
+    def topology(self) -> Topology | None:
+        """The graph that messages go over, if they do."""
 
     @property
     def ways(self) -> dict[int, str]:
@@ -60,6 +64,7 @@ class NoExchange:
     """Independent agents, from the same initial parameters."""
 
     synchronous = False
+    topology = None
 
     def __init__(self, flat: FlatParameters, comm: MPI.Intracomm) -> None:
         self.counters = ExchangeCounters()
@@ -170,7 +175,7 @@ def make_exchange(
 
 
 def window_bytes(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intracomm) -> int:
-    """Shared memory that the exchange will ask for on this rank, in bytes, but for a hierarchical topology's."""
+    """Shared memory that the exchange will ask for on this rank, in bytes, if all ranks are on one node."""
     if config.exchange != "gossip":
         return 0
     sources = make_topology(config.topology, comm.size).in_neighbours(comm.rank)

@@ -8,7 +8,12 @@ That wait cannot lock ranks against each other. Each posts before it waits, so a
 itself has posted since it began its own update, and that message was mixed already: the waiting rank began its update
 after that neighbour began its own. Round a circle of ranks that all wait, each would have begun after the next. Over
 a rotating topology the same holds of the rank that was posted to, as long as that one goes on: a rank that has a
-finished or lost in-neighbour there does not wait. All others hear from such a rank, if only by way of others.
+finished or lost in-neighbour there does not wait. All others hear from such a rank, if only by way of others. A rank
+that posts to nobody in a round does not wait in it.
+
+A message carries its sender's update, which tells the round that its weight is of (`topology.mixing_weights`). The
+receiver's own round has no part in that: ranks drift apart, and a rank that mixed the messages of its own round alone
+would find ever fewer. So what a topology promises for the end of a period holds for ranks that are in step.
 
 A rank that diverged posts nothing at that update, so it must not wait for a neighbour that waits for it: it goes on
 with the newest message that it holds or finds. The slot of one that it holds stays its own until it takes the next.
@@ -36,7 +41,7 @@ from gala_mpi.gossip.mailbox import About, Message
 from gala_mpi.gossip.mailboxes import Mailboxes
 from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours, Taken
 from gala_mpi.gossip.parameters import FlatParameters
-from gala_mpi.gossip.topology import HIERARCHICAL, Topology, make_topology
+from gala_mpi.gossip.topology import PLACED, Topology, make_topology
 from gala_mpi.mpi.collective import alike_on_all_ranks
 from gala_mpi.mpi.waiting import meet, wait_until
 
@@ -110,7 +115,7 @@ class Gossip:
         self,
         model: nn.Module | FlatParameters,
         comm: Intracomm,
-        topology: str | Topology = "ring",
+        topology: str | Topology = "auto",
         *,
         wire: str = "float32",
         max_staleness: int | None = None,
@@ -141,18 +146,14 @@ class Gossip:
         self._own_courier = Courier(comm, delivery) if isinstance(delivery, str) else None
         courier: Courier = self._own_courier or delivery  # type: ignore[assignment]
         self._courier = courier
-        if topology == HIERARCHICAL:
-            graph = make_topology(topology, comm.size, courier.nodes)
+        if topology in PLACED:
+            graph = make_topology(str(topology), comm.size, courier.nodes)
         self.topology = graph
         nbytes = self._flat.size * _native.WIRE_ITEMSIZE[wire]
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
         self._mailboxes = Mailboxes(comm, courier, graph.in_edges, nbytes)
-        _, weights = graph.weights(comm.rank)
-        self.in_neighbours = [
-            InNeighbour(rank, weight, inbox)
-            for (rank, inbox), weight in zip(self._mailboxes.inboxes.items(), weights, strict=True)
-        ]
-        self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, rotating=graph.rotating)
+        self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
+        self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank))
         self.outboxes = self._mailboxes.outboxes
 
     @property
@@ -416,7 +417,7 @@ def _prepare(
         "the number of trained parameters": flat.size,
         "the layout of the model's parameters (digest)": _digest(flat.layout),
         "topology": graph.name,
-        "the edges of the topology (digest)": _digest((graph.in_edges, graph.in_weights, graph.rotating)),
+        "the edges of the topology (digest)": graph.digest,
     }
     return (flat, graph), facts | options
 

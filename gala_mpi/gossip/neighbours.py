@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from gala_mpi.gossip.mailbox import Inbox, Message
+from gala_mpi.gossip.rules import Weights
+from gala_mpi.gossip.topology import mixing_weights
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,6 @@ class InNeighbour:
     """What this rank knows of one rank that sends to it."""
 
     rank: int
-    weight: float
     inbox: Inbox
     heard_at_s: float | None = None
     update: int = 0
@@ -57,11 +58,12 @@ Taken: TypeAlias = tuple[InNeighbour, Message]
 class InNeighbours:
     """All in-neighbours of a rank, of which those are lost that are silent for `timeout_s` seconds.
 
-    Over a `rotating` topology one message is enough for a mix; else each that is expected must be there.
+    `rounds` has the weights of messages in each round of the topology (`Topology.rounds`). If there are several, one
+    message is enough for a mix; else each that is expected must be there.
     """
 
-    def __init__(self, neighbours: Sequence[InNeighbour], timeout_s: float, *, rotating: bool) -> None:
-        self._all, self._timeout_s, self._rotating = neighbours, timeout_s, rotating
+    def __init__(self, neighbours: Sequence[InNeighbour], timeout_s: float, rounds: Sequence[Weights]) -> None:
+        self._all, self._timeout_s, self._rounds = neighbours, timeout_s, rounds
 
     @property
     def some_are_gone(self) -> bool:
@@ -93,7 +95,7 @@ class InNeighbours:
                     neighbour.rank,
                     self._timeout_s,
                 )
-        return found > 0 and (not missing or self._rotating), missing
+        return found > 0 and (not missing or len(self._rounds) > 1), missing
 
     def ready_or_alone(self) -> bool:
         """Whether there is what a mix needs, or nobody left who could send it."""
@@ -113,9 +115,7 @@ class InNeighbours:
 
     def weights(self, taken: Sequence[Taken]) -> list[float]:
         """Of messages; what is left out stays with this rank's own parameters."""
-        if self._rotating:
-            return [1 / (1 + len(taken))] * len(taken)
-        return [neighbour.weight for neighbour, _ in taken]
+        return mixing_weights(self._rounds, [(neighbour.rank, message.update) for neighbour, message in taken])
 
     def settle(self, taken: Sequence[Taken]) -> list[InNeighbour]:
         """Count on the staleness after an update; those whose message was mixed, and not rejected."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import shutil
 import textwrap
 from collections.abc import Iterable
@@ -22,7 +23,8 @@ from rich.table import Table
 
 from gala_mpi import arguments
 from gala_mpi.config import ConfigError, at_home
-from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology
+from gala_mpi.gossip.mixing import GAMMA, LARGEST_GAMMA
+from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology, warning_of
 from gala_mpi.graphs.measures import DENSE_LIMIT, GraphMeasures, measure
 
 DESCRIPTION = "Show who sends to whom: gala-mpi topology hierarchical --size 16 --ranks-per-node 4 --draw graph.png"
@@ -43,18 +45,23 @@ class TopologyOptions:
     size: int
     """Number of ranks, 1 to 4096."""
     ranks_per_node: int | None = None
-    """Ranks on each node, in order; by default all ranks are on one node. Places `hierarchical`, and tells the
-    edges between nodes."""
+    """Ranks on each node, in order; by default all ranks are on one node. Places `hierarchical`, decides `auto`, and
+    tells the edges between nodes."""
+    gamma: float = GAMMA
+    """Of the effective neighbours: 1 / (1 - gamma) is the number of updates that a rank's parameters remember."""
     draw: Path | None = None
     """Also draw the graph to this file, .png or .svg."""
     json: bool = False
-    """Print JSON instead of text, with every edge: [source, target, weight]."""
+    """Print JSON instead of text, with every edge: [source, target, weight], and the update of the period behind it if
+    that has several."""
 
     def __post_init__(self) -> None:
         if self.draw is not None:
             object.__setattr__(self, "draw", at_home("draw", self.draw))
         if not 1 <= self.size <= MOST_RANKS:
             raise ConfigError("size", self.size, f"a number of ranks from 1 to {MOST_RANKS}")
+        if not 0 <= self.gamma <= LARGEST_GAMMA:
+            raise ConfigError("gamma", self.gamma, f"a number from 0 to {LARGEST_GAMMA}")
         if self.ranks_per_node is not None and self.ranks_per_node < 1:
             raise ConfigError("ranks_per_node", self.ranks_per_node, "a number of at least 1")
         if self.draw is not None and self.draw.suffix not in (".png", ".svg"):
@@ -72,8 +79,8 @@ def report(args: list[str]) -> str:
         from gala_mpi.graphs.drawing import draw
 
         draw(topology, nodes, options.draw)
-    measures = measure(topology, nodes)
-    text = as_json(topology, measures) if options.json else as_text(topology, nodes, measures)
+    measures = measure(topology, nodes, options.gamma)
+    text = as_json(topology, measures) if options.json else as_text(options.name, topology, nodes, measures)
     return text if options.json or options.draw is None else f"{text}\ndrawn to {options.draw}"
 
 
@@ -85,18 +92,22 @@ def help_text(_args: list[str]) -> str:
 def as_json(topology: Topology, measures: GraphMeasures) -> str:
     """The measures and all edges with their weights, in one line."""
     edge_list = [
-        [source, target, weight]
+        [source, target, weight, *([turn + 1] if topology.rotating else [])]
         for target in range(topology.size)
-        for source, weight in zip(topology.in_edges[target], topology.in_weights[target], strict=True)
+        for turn, sources in enumerate(topology.rounds(target))
+        for source, weight in sorted(sources.items())
     ]
-    return json.dumps({**dataclasses.asdict(measures), "edge_list": edge_list})
+    return json.dumps({**dataclasses.asdict(measures), "warning": warning_of(topology), "edge_list": edge_list})
 
 
-def as_text(topology: Topology, nodes: list[str], measures: GraphMeasures) -> str:
-    """The measures, and a table of the ranks with a picture of the adjacency matrix."""
+def as_text(asked: str, topology: Topology, nodes: list[str], measures: GraphMeasures) -> str:
+    """The measures, and a table of the ranks with a picture of the adjacency matrix; `asked` is the name given."""
     said = io.StringIO()
     console = Console(file=said, width=max(80, shutil.get_terminal_size().columns))
-    console.print(_title(measures), highlight=False)
+    console.print(_title(measures) + (f" ({asked})" if asked != topology.name else ""), highlight=False, markup=False)
+    warning = warning_of(topology)
+    if warning is not None:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
     console.print(_summary(measures))
     console.print(_ranks(topology, nodes, measures))
     if topology.size > PICTURED_RANKS:
@@ -132,6 +143,10 @@ def _summary(measures: GraphMeasures) -> Table:
         if measures.rotating:
             gap += " per update" if measures.spectral_gap < 1 else f": consensus after {measures.period} updates"
     table.add_row("spectral gap", gap)
+    table.add_row(
+        "effective neighbours",
+        f"{measures.effective_neighbours:.4g} of {measures.size}, at gamma {measures.gamma:g}",
+    )
     return table
 
 
@@ -152,7 +167,7 @@ def _ranks(topology: Topology, nodes: list[str], measures: GraphMeasures) -> Tab
     for title in ("sends to", "own weight", "weight of a message"):
         table.add_column(title)
     for rank in range(min(topology.size, PICTURED_RANKS)):
-        own, weights = topology.weights(rank)
+        rounds = topology.rounds(rank)
         cells = (
             nodes[rank],
             _picture(topology, nodes, rank) if pictured else "",
@@ -163,8 +178,8 @@ def _ranks(topology: Topology, nodes: list[str], measures: GraphMeasures) -> Tab
             str(rank),
             *(cell for cell, (_, wanted) in zip(cells, columns, strict=True) if wanted),
             _listed(topology.out_neighbours(rank)),
-            f"{own:.3g}",
-            _weights(weights),
+            _weights(1 - math.fsum(sources.values()) for sources in rounds),
+            _weights(weight for sources in rounds for weight in sources.values()),
         )
     return table
 
@@ -183,7 +198,7 @@ def _listed(ranks: tuple[int, ...]) -> str:
 
 
 def _weights(weights: Iterable[float]) -> str:
-    values = sorted({f"{weight:.3g}" for weight in weights}, key=float)
+    values = sorted({f"{weight:.3g}" for weight in weights}, key=float) or [""]
     return " or ".join(values) if len(values) <= 2 else f"{values[0]} to {values[-1]}"
 
 

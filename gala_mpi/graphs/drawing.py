@@ -48,8 +48,9 @@ def draw(topology: Topology, nodes: Sequence[str], path: Path) -> None:
     graph = nx.DiGraph()
     graph.add_nodes_from(range(topology.size))
     for target in range(topology.size):
-        for source, weight in zip(topology.in_edges[target], topology.in_weights[target], strict=True):
-            graph.add_edge(source, target, weight=weight)
+        for sources in topology.rounds(target):
+            for source, weight in sources.items():
+                graph.add_edge(source, target, weight=weight)
     figure = Figure(figsize=(9, 9), layout="constrained")
     axes = figure.add_subplot()
     axes.set_aspect("equal")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gala_mpi.gossip.mixing import GAMMA, Round, effective_neighbours, spectra
 from gala_mpi.gossip.topology import Topology
 
 # Eigenvalues of 2048 ranks take 3 s on two cores, and eight times as long for twice as many.
@@ -38,16 +39,19 @@ class GraphMeasures:
     doubly_stochastic: bool
     spectral_gap: float | None
     """Per update; None where the matrix is too large, see `spectral_gap`."""
+    gamma: float
+    effective_neighbours: float
+    """Ranks from whose samples a rank gains, see `gossip.mixing`."""
     diameter: int
 
 
-def measure(topology: Topology, nodes: Sequence[str] | None = None) -> GraphMeasures:
+def measure(topology: Topology, nodes: Sequence[str] | None = None, gamma: float = GAMMA) -> GraphMeasures:
     """All measures of a topology whose rank r runs on `nodes[r]`; without nodes, all ranks are on one."""
     places = np.unique(list(nodes or ["node"] * topology.size), return_inverse=True)[1]
     sources, targets = edges(topology)
     between = int(np.count_nonzero(places[sources] != places[targets]))
     in_degrees = np.bincount(targets, minlength=topology.size)
-    # Over a period of a rotating topology each of its edges carries one message.
+    sent, crossed = messages(topology, places)
     return GraphMeasures(
         topology.name,
         topology.size,
@@ -58,12 +62,25 @@ def measure(topology: Topology, nodes: Sequence[str] | None = None) -> GraphMeas
         tuple(np.bincount(sources, minlength=topology.size).tolist()),
         len(sources),
         between,
-        len(sources) / topology.period,
-        between / topology.period,
+        sent,
+        crossed,
         is_doubly_stochastic(topology),
         spectral_gap(topology),
+        gamma,
+        effective_neighbours(topology, gamma),
         diameter(topology),
     )
+
+
+def messages(topology: Topology, places: np.ndarray) -> tuple[float, float]:
+    """Messages an update, and those among them between nodes: means over a period. `places[r]` numbers r's node."""
+    sent = crossed = 0
+    for turn in range(topology.period):
+        for rank in range(topology.size):
+            sources = topology.rule.sources(rank, turn)
+            sent += len(sources)
+            crossed += sum(places[source] != places[rank] for source in sources)
+    return sent / topology.period, crossed / topology.period
 
 
 def edges(topology: Topology) -> tuple[np.ndarray, np.ndarray]:
@@ -75,29 +92,31 @@ def edges(topology: Topology) -> tuple[np.ndarray, np.ndarray]:
 
 def is_doubly_stochastic(topology: Topology) -> bool:
     """Whether each column of the mixing matrix sums to 1 too, at every update: then mixing keeps the mean."""
-    updates = range(1, topology.period + 1)
-    return all(bool(np.allclose(topology.mixing_matrix(update).sum(axis=0), 1)) for update in updates)
+    for turn in range(topology.period):
+        now = Round.of(topology, turn)
+        if not np.allclose(np.bincount(now.columns, now.weights), 1):
+            return False
+    return True
 
 
 def spectral_gap(topology: Topology) -> float | None:
     """1 - the second largest modulus of the mixing matrix's eigenvalues; 1 means consensus after one period.
 
     For a rotating topology, 1 - rho^(1/p), with rho that of the product of one period's p matrices: the gap per
-    update. Circulant matrices (a graph that looks the same from every rank) go through the Fourier transform
-    and symmetric ones through a symmetric solver, at any size; others are None above DENSE_LIMIT ranks.
+    update. Circulant graphs go through the Fourier transform and symmetric products through a symmetric solver, at any
+    size; so does one that is the mean. Others are None above DENSE_LIMIT ranks.
     """
     if topology.size == 1:
         return 1.0
-    moduli = np.ones(topology.size)
-    product: np.ndarray | None = None
-    for update in range(1, topology.period + 1):
-        matrix = topology.mixing_matrix(update)
-        if not _is_circulant(matrix):
-            product = matrix if product is None else matrix @ product
-        else:
-            # All circulant matrices have the same eigenvectors.
-            moduli *= np.abs(np.fft.fft(matrix[0]))
-    if product is not None:
+    if topology.rule.circulant:
+        # All circulant matrices have the same eigenvectors.
+        moduli = spectra(topology).prod(axis=0)
+    else:
+        product = np.eye(topology.size)
+        for turn in range(topology.period):
+            product = Round.of(topology, turn).mix(product)
+        if np.allclose(product, 1 / topology.size, rtol=0, atol=1e-12):
+            return 1.0
         if np.array_equal(product, product.T):
             moduli = np.abs(np.linalg.eigvalsh(product))
         elif topology.size <= DENSE_LIMIT:
@@ -107,10 +126,6 @@ def spectral_gap(topology: Topology) -> float | None:
     second = np.sort(moduli)[-2]
     # A root would make much of a rounding error.
     return float(1 - second ** (1 / topology.period)) if second > 1e-12 else 1.0
-
-
-def _is_circulant(matrix: np.ndarray) -> bool:
-    return all(np.array_equal(row, np.roll(matrix[0], place)) for place, row in enumerate(matrix))
 
 
 def diameter(topology: Topology) -> int:

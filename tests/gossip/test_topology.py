@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from random import Random
 
 import networkx as nx
 import numpy as np
@@ -12,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gala_mpi.config import ConfigError
-from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology
+from gala_mpi.gossip import mixing
+from gala_mpi.gossip.mixing import effective_neighbours
+from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology, mixing_weights, warning_of
 from gala_mpi.graphs.measures import diameter, is_doubly_stochastic, measure, spectral_gap
 
 
@@ -61,7 +65,7 @@ def test_over_a_period_the_targets_are_the_out_neighbours(topology: Topology, fi
         assert sorted({target for targets in sent for target in targets}) == list(topology.out_neighbours(rank))
         assert all(rank in topology.in_neighbours(target) for targets in sent for target in targets)
         assert topology.targets(rank, first) == topology.targets(rank, first + topology.period)
-        if topology.rotating and topology.size > 1:
+        if topology.name == "one-peer-exponential" and topology.size > 1:
             assert all(len(targets) == 1 for targets in sent)
 
 
@@ -74,13 +78,41 @@ def test_weights_are_positive_and_mixing_keeps_the_mean(topology: Topology, upda
     assert matrix.sum(axis=0) == pytest.approx(np.ones(topology.size))
     assert is_doubly_stochastic(topology)
     for rank in range(topology.size):
-        own, weights = topology.weights(rank)
-        assert own > 1e-9 and all(weight > 0 for weight in weights)
-        heard = 1 if topology.rotating and weights else len(weights)
-        assert own + sum(weights[:heard]) == pytest.approx(1)
-        assert matrix[rank, rank] == own and len(weights) == len(topology.in_neighbours(rank))
+        own, weights = topology.weights(rank, update)
+        assert own > 1e-9 and all(weight >= 0 for weight in weights)
+        assert own + sum(weights) == pytest.approx(1)
+        assert matrix[rank, rank] == own
+        assert matrix[rank, list(topology.in_neighbours(rank))].tolist() == list(weights)
         heard_now = {source for source in range(topology.size) if rank in topology.targets(source, update)}
         assert set(np.flatnonzero(matrix[rank])) == heard_now | {rank}
+
+
+@settings(deadline=None)
+@given(topologies(), st.integers(1, 1000))
+def test_a_mix_of_one_rounds_messages_has_the_weights_of_the_round(topology: Topology, update: int) -> None:
+    for rank in range(topology.size):
+        heard = [
+            (source, update) for source in topology.in_neighbours(rank) if rank in topology.targets(source, update)
+        ]
+        found = mixing_weights(topology.rounds(rank), heard)
+        assert found == [weight for weight in topology.weights(rank, update)[1] if weight]
+        # What is late stays with the rank's own parameters.
+        assert mixing_weights(topology.rounds(rank), heard[1:]) == found[1:]
+
+
+@settings(deadline=None)
+@given(topologies(), st.randoms())
+def test_whatever_messages_a_mix_finds_something_is_left_of_the_rank_itself(topology: Topology, random: Random) -> None:
+    """One of each in-neighbour at most, of any update: its last may be of one in which it does not send here."""
+    for rank in range(topology.size):
+        sources = [source for source in topology.in_neighbours(rank) if random.random() < 0.8]
+        found = mixing_weights(topology.rounds(rank), [(source, random.randint(1, 1000)) for source in sources])
+        assert len(found) == len(sources) and all(weight > 0 for weight in found) and sum(found) < 1
+
+
+def test_messages_of_several_one_peer_rounds_count_alike() -> None:
+    rounds = make_topology("one-peer-exponential", 8).rounds(0)
+    assert mixing_weights(rounds, [(7, 1), (6, 5), (4, 9)]) == pytest.approx([1 / 4] * 3)
 
 
 @settings(deadline=None)
@@ -109,7 +141,8 @@ def test_degrees(size: int) -> None:
     assert degrees("ring", size) == {(1, 1)}
     assert degrees("bidirectional-ring", size) == {(2, 2)}
     assert degrees("exponential", size) == degrees("one-peer-exponential", size) == {(log, log)}
-    assert degrees("complete", size) == degrees("hierarchical", size) == {(size - 1, size - 1)}
+    assert degrees("hierarchical", size) == {(log, log)}
+    assert degrees("complete", size) == {(size - 1, size - 1)}
     assert degrees("star", size) == {(size - 1, size - 1), (1, 1)}
     assert degrees("hypercube", 1 << log) == {(log, log)}
 
@@ -133,9 +166,32 @@ def test_the_ring_sends_to_the_next_rank() -> None:
 
 def test_one_peer_doubles_its_step_at_each_update() -> None:
     one_peer = make_topology("one-peer-exponential", 8)
-    assert [one_peer.targets(7, update) for update in range(1, 5)] == [(1,), (3,), (0,), (1,)]
+    assert [one_peer.targets(7, update) for update in range(1, 5)] == [(0,), (1,), (3,), (0,)]
     assert one_peer.rotating and not make_topology("exponential", 8).rotating
-    assert one_peer.weights(0) == (0.5, (0.5, 0.5, 0.5))
+    assert one_peer.in_neighbours(0) == (4, 6, 7)
+    assert [one_peer.weights(0, update)[1] for update in (1, 2, 3)] == [(0, 0, 0.5), (0, 0.5, 0), (0.5, 0, 0)]
+
+
+@pytest.mark.parametrize("base", [2, 3, 4])
+def test_a_base_graph_has_the_exact_mean_after_one_period_for_every_number_of_ranks(base: int) -> None:
+    for size in range(1, 101):
+        topology = make_topology(f"base-{base}", size)
+        period = np.eye(size)
+        for update in range(1, topology.period + 1):
+            matrix = topology.mixing_matrix(update)
+            # Both ways, so doubly stochastic; to base - 1 others at most.
+            assert np.array_equal(matrix, matrix.T) and matrix.sum(axis=1) == pytest.approx(np.ones(size))
+            assert np.count_nonzero(matrix, axis=1).max() <= base and matrix.diagonal().min() > 1e-3
+            period = matrix @ period
+        np.testing.assert_allclose(period, np.full((size, size), 1 / size), rtol=0, atol=1e-13)
+        assert topology.period <= 2 * math.log(size, base) + 2
+
+
+def test_a_base_graph_takes_no_more_rounds_than_it_needs() -> None:
+    assert [make_topology("base-2", size).period for size in (2, 32, 1024)] == [1, 5, 10]
+    # 6 = 2 * 3 and 5 = 4 + 1, as in the paper.
+    assert [make_topology("base-2", size).period for size in (3, 5, 6)] == [3, 5, 4]
+    assert [make_topology("base-4", size).period for size in (4, 12, 64)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["star", "torus", "hypercube", "bidirectional-ring", "complete"])
@@ -145,23 +201,128 @@ def test_undirected_graphs_have_symmetric_weights(name: str) -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(2, 12), st.integers(1, 6))
-def test_a_hierarchy_is_dense_inside_a_node_and_sparse_between_nodes(nodes: int, ranks: int) -> None:
-    # Placed round-robin, as some launchers do.
-    where = [f"n{rank % nodes}" for rank in range(nodes * ranks)]
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.randoms())
+def test_a_hierarchy_sends_one_message_a_rank_inside_a_node_and_one_a_node_between_nodes(
+    sizes: list[int], random: Random
+) -> None:
+    """Nodes of any sizes, their ranks in any order, as some launchers place them."""
+    where = [f"n{node}" for node, ranks in enumerate(sizes) for _ in range(ranks)]
+    random.shuffle(where)
     topology = make_topology("hierarchical", len(where), where)
-    sent, received = dict.fromkeys(where, 0), dict.fromkeys(where, 0)
-    for rank in range(topology.size):
-        mates = {mate for mate in range(topology.size) if where[mate] == where[rank]} - {rank}
-        away = set(topology.out_neighbours(rank)) - mates
-        assert mates <= set(topology.out_neighbours(rank))
-        assert len(away) <= (1 if ranks > 1 else 2)
-        sent[where[rank]] += len(away)
-        for target in away:
-            received[where[target]] += 1
-    assert set(sent.values()) == set(received.values()) == {1 if nodes <= 4 else 2}
+    several = len(sizes) > 1
+    for update in range(1, topology.period + 1):
+        sent, received = dict.fromkeys(where, 0), dict.fromkeys(where, 0)
+        for rank in range(topology.size):
+            targets = topology.targets(rank, update)
+            away = [target for target in targets if where[target] != where[rank]]
+            assert len(targets) - len(away) == (where.count(where[rank]) > 1)
+            sent[where[rank]] += len(away)
+            for target in away:
+                received[where[target]] += 1
+        assert set(sent.values()) == set(received.values()) == {int(several)}
     measures = measure(topology, where)
-    assert measures.nodes == nodes and measures.edges_between_nodes == sum(sent.values())
+    assert measures.nodes == len(sizes) and measures.messages_between_nodes == several * len(sizes)
+    for rank in range(topology.size):
+        ranks = where.count(where[rank])
+        most = math.ceil(math.log2(ranks)) + math.ceil(topology.period / ranks)
+        assert len(topology.in_neighbours(rank)) <= max(most, math.ceil(math.log2(topology.size)))
+
+
+@pytest.mark.parametrize("name", sorted(TOPOLOGIES))
+def test_a_rank_asks_for_itself_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 4,096 ranks: rules are asked for this rank only, and answer no more than its degree in each round."""
+    nodes = [f"n{rank // 64}" for rank in range(4096)]
+    topology = make_topology(name, 4096, nodes)
+    asked: set[int] = set()
+    sources = topology.rule.sources
+
+    def watched(rank: int, turn: int) -> dict[int, float]:
+        asked.add(rank)
+        return sources(rank, turn)
+
+    topology = dataclasses.replace(topology, rule=dataclasses.replace(topology.rule, sources=watched))
+    monkeypatch.setattr(Topology, "in_edges", property(lambda _: pytest.fail("the whole graph was asked for")))
+    degree = len(topology.in_neighbours(7))
+    assert len(topology.weights(7)[1]) == degree and len(topology.rounds(7)) == topology.period <= 24
+    assert topology.out_neighbours(7) and topology.digest
+    assert degree == 4095 if name == "complete" else degree <= 24
+    assert asked == {7}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "stands_for"),
+    [
+        (["a"], "ring"),
+        (["a"] * 4 + ["b"] * 4, "ring"),
+        (["a"] * 9, "one-peer-exponential"),
+        (["a"] * 5 + ["b"] * 4, "hierarchical"),
+        ([f"n{rank}" for rank in range(9)], "one-peer-exponential"),
+    ],
+)
+def test_auto_chooses_by_size_and_placement(nodes: list[str], stands_for: str) -> None:
+    topology = make_topology("auto", len(nodes), nodes)
+    assert topology == dataclasses.replace(make_topology(stands_for, len(nodes), nodes), rule=topology.rule)
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 8, 64, 4096])
+@pytest.mark.parametrize("size", [4, 9, 32, 256])
+def test_what_auto_chooses_is_worth_most_of_the_ranks_or_many_of_them(size: int, ranks_per_node: int) -> None:
+    nodes = [f"n{rank // ranks_per_node}" for rank in range(size)]
+    topology = make_topology("auto", size, nodes)
+    assert effective_neighbours(topology) > min(2 / 3 * size, 40)
+    assert len(topology.targets(0, 1)) <= 2
+
+
+@settings(deadline=None)
+@given(st.lists(topologies(largest=9), min_size=2, max_size=2))
+def test_digests_are_alike_only_if_the_graphs_are(pair: list[Topology]) -> None:
+    one, other = pair
+    if one.digest == other.digest:
+        assert [one.rounds(rank) for rank in range(one.size)] == [other.rounds(rank) for rank in range(other.size)]
+    again = make_topology(one.name, one.size, ["x"] * one.size)
+    assert again.digest == make_topology(one.name, one.size, ["y"] * one.size).digest
+
+
+def plain_effective_neighbours(topology: Topology, gamma: float) -> float:
+    """By its definition: noise, and a mix of what is kept with it, until nothing changes any more."""
+    covariance = np.zeros((topology.size, topology.size))
+    variances: list[float] = []
+    matrices = [topology.mixing_matrix(update) for update in range(1, topology.period + 1)]
+    for update in range(math.ceil(60 / (1 - gamma))):
+        matrix = matrices[update % topology.period]
+        covariance = matrix @ (gamma * covariance + np.eye(topology.size)) @ matrix.T
+        variances.append(np.trace(covariance) / topology.size)
+    return float(1 / (1 - gamma) / np.mean(variances[-topology.period :]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(topologies(largest=17), st.sampled_from([0.0, 0.5, 0.9]))
+def test_effective_neighbours_are_what_their_definition_says(topology: Topology, gamma: float) -> None:
+    assert effective_neighbours(topology, gamma) == pytest.approx(plain_effective_neighbours(topology, gamma), rel=1e-5)
+
+
+def test_effective_neighbours_of_an_edge_list(tmp_path: Path) -> None:
+    """Also where mixing does not keep the mean."""
+    topology = edge_list(tmp_path, "2 1 0.1\n0 1 0.25\n1 2 .5\n2 0 1e-1\n")
+    assert effective_neighbours(topology, 0.9) == pytest.approx(plain_effective_neighbours(topology, 0.9), rel=1e-5)
+
+
+def test_a_ring_is_worth_eleven_ranks_however_long_it_is() -> None:
+    """Of an endless one g / (1 - g) over the mean of 1 / (1 - g cos^2) - 1, which is 1 / sqrt(1 - g) - 1."""
+    assert 0.99 / 0.01 / (1 / math.sqrt(0.01) - 1) == pytest.approx(11)
+    for size in (64, 1000, 4096):
+        assert effective_neighbours(make_topology("ring", size)) == pytest.approx(11, rel=1e-3)
+    assert effective_neighbours(make_topology("complete", 4096)) == pytest.approx(4096)
+    assert warning_of(make_topology("ring", 16)) and not warning_of(make_topology("ring", 15))
+    assert not warning_of(make_topology("one-peer-exponential", 16))
+
+
+@pytest.mark.parametrize("name", ["hierarchical", "base-3", "star"])
+def test_the_estimate_for_many_ranks_is_that_of_the_covariance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = make_topology(name, 100, [f"n{rank // 8}" for rank in range(100)])
+    exact = effective_neighbours(topology, 0.9)
+    monkeypatch.setattr(mixing, "EXACT_RANKS", 10)
+    assert effective_neighbours(topology, 0.9) == pytest.approx(exact, rel=0.03)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7, 16, 50])
@@ -190,9 +351,8 @@ def test_the_quick_ways_to_the_spectral_gap_agree_with_the_general_one(topology:
 
 
 def test_large_graphs_stay_practical() -> None:
-    hierarchy = make_topology("hierarchical", 4096, [f"n{rank // 64}" for rank in range(4096)])
-    assert spectral_gap(hierarchy) is None
-    assert diameter(hierarchy) > 2
+    assert spectral_gap(make_topology("hierarchical", 2050, [f"n{rank // 64}" for rank in range(2050)])) is None
+    assert diameter(make_topology("hierarchical", 4096, [f"n{rank // 64}" for rank in range(4096)])) == 20
     assert spectral_gap(make_topology("ring", 4096)) == pytest.approx(1 - math.cos(math.pi / 4096), rel=1e-6)
 
 

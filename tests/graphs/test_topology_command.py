@@ -30,18 +30,44 @@ def test_the_text_shows_the_measures_and_the_adjacency_picture() -> None:
     assert done.returncode == 0 and not done.stderr
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert lines[0] == "hierarchical: 6 ranks on 2 nodes"
-    assert "edges 14, of them 2 between nodes" in lines
+    assert "edges 16, of them 4 between nodes" in lines
     assert "in-degree 2 to 3" in lines
     assert "doubly stochastic yes: mixing keeps the mean of all ranks" in lines
-    assert "0 node0 \\ooX.. 3 3 1 2 3 0.167 0.167 or 0.5" in lines
-    assert "5 node1 ...oo\\ 2 2 3 4 0.667 0.167" in lines
+    assert "messages per update 8, of them 2 between nodes (mean over a period of 2" in lines
+    assert "0 node0 \\ooX.. 3 3 1 2 3 0.1 or 0.5 0.4 or 0.5" in lines
+    assert "5 node1 ...oo\\ 2 2 3 4 0.5 0.5" in lines
 
 
 @pytest.mark.parametrize("name", sorted(TOPOLOGIES))
 def test_every_kind_is_described(name: str) -> None:
-    said = topology_report.report([name, "--size", "8", "--ranks-per-node", "2"])
-    assert said.startswith(f"{name}: 8 ranks on 4 nodes") and "spectral gap" in said
-    assert topology_report.report([name, "--size", "1"]).startswith(f"{name}: 1 rank on 1 node")
+    said = topology_report.report([name, "--size", "16", "--ranks-per-node", "2"])
+    called = "hierarchical: 16 ranks on 8 nodes (auto)" if name == "auto" else f"{name}: 16 ranks on 8 nodes"
+    assert said.startswith(f"{called}\n") and "spectral gap" in said and "effective neighbours" in said
+    assert ("warning: a ring of 16 ranks mixes slowly" in said) == (name == "ring")
+    called = "ring: 1 rank on 1 node (auto)" if name == "auto" else f"{name}: 1 rank on 1 node"
+    assert topology_report.report([name, "--size", "1"]).startswith(f"{called}\n")
+
+
+def test_effective_neighbours_are_told_for_any_gamma() -> None:
+    short, long = (
+        json.loads(topology_report.report(["ring", "--size", "4096", "--json", "--gamma", gamma]))
+        for gamma in ("0", "0.99")
+    )
+    # Of fresh noise alone a mix of two halves the variance.
+    assert short["effective_neighbours"] == pytest.approx(2) and short["gamma"] == 0
+    assert long["effective_neighbours"] == pytest.approx(11, rel=1e-3) and "11 of them" in long["warning"]
+    said = topology_report.report(["ring", "--size", "8", "--gamma", "0.5"])
+    assert "effective neighbours  " in said and " of 8, at gamma 0.5" in said and "warning" not in said
+
+
+def test_json_says_in_which_update_of_a_period_an_edge_is_used() -> None:
+    said = json.loads(topology_report.report(["base-2", "--size", "3", "--json"]))
+    assert said["period"] == 3 and said["messages_per_update"] == 2
+    # Ranks 0 and 1, then 0 and 2, then 0 and 1.
+    two_thirds = pytest.approx(2 / 3)
+    assert sorted(said["edge_list"]) == sorted(
+        [[0, 1, 0.5, 1], [1, 0, 0.5, 1], [0, 2, two_thirds, 2], [2, 0, two_thirds, 2], [0, 1, 0.5, 3], [1, 0, 0.5, 3]]
+    )
 
 
 def test_many_ranks_are_listed_in_part() -> None:
@@ -75,6 +101,8 @@ def test_json_holds_the_measures_and_rebuilds_the_graph(tmp_path: Path) -> None:
         (["ring", "--size", "four"], "--size"),
         (["hypercube", "--size", "6"], "power of two, not 6"),
         (["ring", "--size", "4", "--ranks-per-node", "0"], "--ranks-per-node: 0 "),
+        (["ring", "--size", "4", "--gamma", "1"], "--gamma: 1.0 cannot be used; expected a number from 0 to 0.9999"),
+        (["ring", "--size", "4", "--gamma", "nan"], "--gamma: nan "),
         (["ring", "--size", "4", "--draw", "graph.jpg"], "--draw: 'graph.jpg'"),
         (["ring", "--size", "4", "--draw", "missing/graph.png"], "--draw: 'missing/graph.png'"),
         (["complete", "--size", "100", "--draw", "graph.png"], "at most 5000 edges, not 9900"),

@@ -112,6 +112,7 @@ def nodes_of_two() -> Topology:
 
 def in_lockstep_a_mix_is_the_mixing_matrix_and_keeps_the_mean() -> None:
     topologies: list[str | Topology] = ["ring", "bidirectional-ring", "one-peer-exponential", "complete", "star"]
+    topologies += ["base-2", "auto"]
     for topology in (*topologies, nodes_of_two()):
         for wire, relative in (("float32", 2**-22), ("bfloat16", 2**-8), ("float16", 2**-10)):
             model = rank_model()
@@ -137,7 +138,7 @@ def diverge_at(update: int, model: nn.Module, now: int) -> None:
 
 
 def a_rank_that_diverges_adopts_and_poisons_nobody() -> None:
-    for topology in ("ring", "one-peer-exponential", nodes_of_two()):
+    for topology in ("ring", "one-peer-exponential", "base-2", nodes_of_two()):
         model = rank_model()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         adopted = 0
@@ -236,7 +237,7 @@ def a_rank_may_stop_when_it_diverges_and_its_last_message_is_never_mixed() -> No
 
 
 def a_rank_that_ends_early_waits_for_the_others_and_holds_none_up() -> None:
-    for topology in ("ring", "one-peer-exponential", "complete"):
+    for topology in ("ring", "one-peer-exponential", "base-2", "base-3", "complete"):
         model = rank_model()
         gossip = gala_mpi.Gossip(model, COMM, topology, max_staleness=0, neighbour_timeout_s=TIMEOUT_S)
         for _ in range(5 if RANK == LAST else 40):
