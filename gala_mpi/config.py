@@ -114,8 +114,9 @@ class LearnerConfig:
     """Steps of every simulator between two updates (T)."""
     learning_rate: float = 7e-4
     """Learning rate for 16 simulators in all."""
-    learning_rate_scaling: Literal["sqrt", "none"] = "sqrt"
-    """sqrt: multiply the learning rate by sqrt(simulators of all ranks / 16); none: use it as it is."""
+    learning_rate_scaling: Literal["sqrt", "effective", "none"] = "sqrt"
+    """sqrt: multiply the learning rate by sqrt(simulators of all ranks / 16); effective: the same with the topology's
+    effective neighbours in place of all ranks (`gala-mpi topology` prints them); none: use it as it is."""
     learning_rate_warmup: int = 1000
     """Updates in which the learning rate rises to what learning-rate-scaling makes of it; 0: none."""
     learning_rate_decay: Literal["none", "linear"] = "none"
@@ -155,9 +156,10 @@ class ExchangeConfig:
     exchange: Literal["gossip", "allreduce", "none"] = "gossip"
     """gossip: average whole policies with neighbours, never waiting; allreduce: average gradients over all
     ranks at every update (synchronous A2C); none: independent agents."""
-    topology: str = "ring"
-    """Who sends to whom under gossip: ring, hierarchical (dense inside a node, sparse between nodes), or another name
-    that `gala-mpi topology --help` lists, or the path of an edge list. `gala-mpi topology` describes and draws each."""
+    topology: str = "auto"
+    """Who sends to whom under gossip. auto: a ring of up to 8 ranks; more on one node, or one a node:
+    one-peer-exponential; else hierarchical (by node). Or another name that `gala-mpi topology --help` lists, or the
+    path of an edge list. `gala-mpi topology` describes and draws each."""
     max_staleness: int | None = None
     """Updates without a mix after which a rank waits for its neighbours; 0 waits at every update, None never."""
     neighbour_timeout_s: float = 60.0

@@ -77,6 +77,8 @@ class Agent:
         self._collector, self._learner, self._stopwatch = parts.collector, parts.learner, parts.stopwatch
         self._exchange: Exchange = parts.exchange
         self._board = parts.board
+        self.topology = parts.exchange.topology
+        """The graph that messages go over, if they do."""
         self.origin = rank.origin.lines
         """Lines on what a run that was resumed goes on from; none for a new one."""
         self._update, self._agent_steps = rank.origin.update, rank.origin.agent_steps

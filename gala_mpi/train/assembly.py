@@ -108,11 +108,11 @@ def _around(
     courier, board, exchange = _open_windows(config, comm, info, lease, flat)
     waits = config.run.profile and device.type == "cuda"
     stopwatch = Stopwatch(torch.cuda.synchronize if waits else None)
-    rate, average = learning_rate(config, comm.size), exchange.average_gradient
+    rate, average = learning_rate(config, comm, exchange.topology), exchange.average_gradient
     learner = learner_class(device)(flat, config.learner, rate, average, stopwatch)
     keep = config.record.keep_checkpoints
     folder = on_all_ranks(comm, lambda: make_checkpoint_folder(info.folder, comm.rank, keep))
-    resumption = _find_checkpoints(config, comm, info, learner, flat, exchange) if info.segment else None
+    resumption = _find_checkpoints(config, comm, info, learner, flat, exchange, rate) if info.segment else None
     stream = [config.run.seed, comm.rank]
     if resumption is not None:
         # What cannot go on begins anew, and not with what it began with before.
@@ -191,7 +191,13 @@ def _make_collector(
 
 
 def _find_checkpoints(
-    config: TrainConfig, comm: Intracomm, info: RunInfo, learner: Learner, flat: FlatParameters, exchange: Exchange
+    config: TrainConfig,
+    comm: Intracomm,
+    info: RunInfo,
+    learner: Learner,
+    flat: FlatParameters,
+    exchange: Exchange,
+    rate: float,
 ) -> Resumption | None:
     """What this rank goes on from. Collective."""
     resumption = find_checkpoints(
@@ -215,7 +221,7 @@ def _find_checkpoints(
                 resumption.size_before,
                 comm.size,
                 resumption.size_before,
-                learning_rate(config, comm.size),
+                rate,
             )
     return resumption
 
@@ -244,6 +250,8 @@ def _about(
     """What this rank's file says of it, and of what it went on from."""
     about: dict[str, Any] = {"rank": comm.rank, "size": comm.size, "t0": t0}
     about["delivery"] = {str(target): way for target, way in exchange.ways.items()}
+    if exchange.topology is not None:
+        about["topology"] = exchange.topology.name
     if info.segment:
         # Rows of earlier segments after these updates are of training that was lost.
         about["resumed"] = {

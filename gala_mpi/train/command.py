@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from gala_mpi import __version__, arguments, output
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, at_home, load_preset, reaching
 from gala_mpi.exit_codes import EXIT_DIVERGED, EXIT_ERROR, EXIT_LOST, EXIT_OK, EXIT_STOPPED, EXIT_UNWRITTEN
-from gala_mpi.gossip.topology import TOPOLOGIES, make_topology
+from gala_mpi.gossip.topology import AUTO, TOPOLOGIES, Topology, make_topology, warning_of
 from gala_mpi.learning.environments import check_environment
 from gala_mpi.mpi.collective import RankFailureError, on_all_ranks
 from gala_mpi.mpi.waiting import Watchdog
@@ -42,6 +43,7 @@ GRACE_S = 1.0
 LONGEST_FOLDER = 3900
 # Between the first rank that starts and the last: loading torch from a busy network file system takes minutes.
 START_WITHIN_S = 900.0
+log = logging.getLogger(__name__)
 HELP = "Train a policy: mpirun -n 4 gala-mpi train --env ALE/Pong-v5 --out runs/pong"
 
 
@@ -78,7 +80,10 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
             _undo(info, lease, comm)
             raise
     if comm.rank == 0:
-        output.say("\n".join([_banner(config, comm, info), *agent.origin, *changes]))
+        warning = warning_of(agent.topology) if agent.topology is not None else None
+        if warning is not None:
+            log.warning("%s", warning)
+        output.say("\n".join([_banner(config, comm, info, agent.topology), *agent.origin, *changes]))
     summary = agent.train(stop)
     if comm.rank == summary.speaker:
         if config.run.profile:
@@ -209,18 +214,23 @@ def check(config: TrainConfig, size: int) -> TrainConfig:
     return config
 
 
-def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo) -> str:
+def _banner(config: TrainConfig, comm: MPI.Intracomm, info: RunInfo, topology: Topology | None) -> str:
     from gala_mpi.mpi.window import library_version
 
     exchange = config.exchange.exchange
-    topology = config.exchange.topology
-    graph = f"a {topology}" if topology in TOPOLOGIES else f"the edge list {topology}"
-    how = f"{exchange} over {graph}" if exchange == "gossip" else f"exchange {exchange}"
+    how = f"{exchange} over {_graph(config, topology)}" if topology is not None else f"exchange {exchange}"
     ranks = "1 rank" if comm.size == 1 else f"{comm.size} ranks"
     return (
         f"gala-mpi {__version__}: {config.environment.env}, {ranks} x {config.environment.simulators} "
         f"simulators, {how}, {library_version()}\nmetrics in {info.folder}"
     )
+
+
+def _graph(config: TrainConfig, topology: Topology) -> str:
+    """What it is, and that `auto` has chosen it, if so."""
+    if topology.name not in TOPOLOGIES:
+        return f"the edge list {topology.name}"
+    return f"topology {topology.name}" + (" (auto)" if config.exchange.topology == AUTO else "")
 
 
 def _farewell(summary: Summary, info: RunInfo, config: TrainConfig, *, taken_over: bool) -> str:

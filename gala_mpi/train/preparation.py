@@ -16,6 +16,8 @@ import torch
 from gala_mpi.config import ConfigError, TrainConfig, UsageError
 from gala_mpi.doctor.findings import FAIL
 from gala_mpi.doctor.preflight import ruinous
+from gala_mpi.gossip.mixing import effective_neighbours
+from gala_mpi.gossip.topology import Topology
 from gala_mpi.learning.environments import Simulators, is_atari
 from gala_mpi.learning.networks import AtariPolicy, MLPPolicy, Policy
 from gala_mpi.mpi.window import library_version
@@ -58,11 +60,18 @@ def look_ahead(comm: Intracomm, nbytes: int, folder: Path) -> None:
             log.warning("%s; what helps: %s", finding.message, finding.fix)
 
 
-def learning_rate(config: TrainConfig, size: int) -> float:
-    """The learning rate of a run of `size` ranks."""
-    if config.learner.learning_rate_scaling == "none":
+def learning_rate(config: TrainConfig, comm: Intracomm, topology: Topology | None) -> float:
+    """The learning rate of a run whose ranks share what they learn over `topology`, if they do. Collective."""
+    scaling = config.learner.learning_rate_scaling
+    if scaling == "none":
         return config.learner.learning_rate
-    return config.learner.learning_rate * math.sqrt(config.environment.simulators * size / REFERENCE_SIMULATORS)
+    ranks: float = comm.size
+    if scaling == "effective" and config.exchange.exchange == "none":
+        ranks = 1
+    elif scaling == "effective" and topology is not None:
+        # One rank: it takes the whole graph.
+        ranks = comm.bcast(effective_neighbours(topology) if comm.rank == 0 else None)
+    return config.learner.learning_rate * math.sqrt(config.environment.simulators * ranks / REFERENCE_SIMULATORS)
 
 
 def make_generator(seed: int, device: torch.device | None = None) -> torch.Generator:

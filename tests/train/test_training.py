@@ -130,6 +130,70 @@ def test_other_topologies_mix_all_in_neighbours(one_mpi: Mpi, topology: str, onc
         assert mixed[-1] > 0 and set(np.diff(mixed[:-5])) <= {0, degree}
 
 
+def test_auto_chooses_a_topology_says_and_records_it_and_chooses_anew_for_another_number_of_ranks(
+    one_mpi: Mpi, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    args = (*COMMAND, "--learning-rate-scaling", "effective", "--simulators", "4")
+    done = one_mpi.run(9, *args, "--total-steps", "18_000", "--out", str(run), timeout_s=240)
+    assert done.returncode == 0, done.stderr
+    assert "gossip over topology one-peer-exponential (auto)" in done.stdout and "a ring of" not in done.stderr
+    assert json.loads(str(attribute(run, 0, "config")))["exchange"]["topology"] == "auto"
+    for rank in range(9):
+        assert attribute(run, rank, "topology") == "one-peer-exponential"
+        assert set(rows(run, rank, "neighbours")["rank"]) == {(rank - step) % 9 for step in (1, 2, 4, 8)}
+        assert rows(run, rank, "updates")["messages_mixed"][-1] > 0
+    done = one_mpi.run(3, "-m", "gala_mpi", "train", "--resume", str(run), "--total-steps", "24_000", timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    assert "gossip over topology ring (auto)" in done.stdout
+    with h5py.File(run / "rank-00000.1.h5", swmr=True) as file:
+        assert file.attrs["topology"] == "ring"
+
+
+# As if the warning began at 2 ranks.
+SHORT_RING = """
+import sys
+from gala_mpi import cli
+from gala_mpi.gossip import topology
+topology.RING_WARNING_FROM = 2
+cli.main()
+"""
+
+
+def test_a_long_ring_is_warned_of_once_at_the_start(one_mpi: Mpi, tmp_path: Path) -> None:
+    args = (*COMMAND[2:], "--total-steps", "2000", "--out", str(tmp_path / "run"))
+    done = one_mpi.run(2, "-c", SHORT_RING, *args, "--topology", "ring")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("a ring of 2 ranks mixes slowly") == 1
+
+
+RATES = """
+from dataclasses import replace
+from mpi4py import MPI
+from gala_mpi.config import ExchangeConfig, LearnerConfig, TrainConfig
+from gala_mpi.gossip.topology import make_topology
+from gala_mpi.train.preparation import learning_rate
+
+def rate(scaling, exchange, topology):
+    learner, exchange = LearnerConfig(learning_rate=1.0, learning_rate_scaling=scaling), ExchangeConfig(exchange)
+    return learning_rate(replace(TrainConfig(), learner=learner, exchange=exchange), MPI.COMM_WORLD, topology)
+
+ring, complete = make_topology("ring", 1024), make_topology("complete", 1024)
+found = [rate("none", "gossip", ring), rate("sqrt", "gossip", ring) ** 2, rate("sqrt", "none", None) ** 2]
+found += [rate("effective", "gossip", graph) ** 2 for graph in (ring, complete)]
+found += [rate("effective", exchange, None) ** 2 for exchange in ("allreduce", "none")]
+if MPI.COMM_WORLD.rank == 1:
+    print(" ".join(f"{rate:.2f}" for rate in found))
+"""
+
+
+def test_the_learning_rate_goes_by_all_ranks_or_by_those_that_a_rank_gains_from(one_mpi: Mpi) -> None:
+    """With as many simulators on a rank as the rate is for; 1,024 ranks are only said to be there."""
+    done = one_mpi.run(2, "-c", RATES)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1.00", "2.00", "2.00", "11.00", "1024.00", "2.00", "1.00"]
+
+
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
 def test_narrow_wires_keep_ranks_together(one_mpi: Mpi, wire: str, once: Once) -> None:
     run = short_runs(once, one_mpi, 2) / wire
