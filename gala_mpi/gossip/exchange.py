@@ -18,6 +18,7 @@ from gala_mpi.gossip.neighbours import InNeighbour
 from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.gossip.topology import Topology, make_topology
 from gala_mpi.mpi.waiting import Watchdog
+from gala_mpi.mpi.window import node_leaders
 
 
 class Exchange(Protocol):
@@ -175,8 +176,9 @@ def make_exchange(
 
 
 def window_bytes(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intracomm) -> int:
-    """Shared memory that the exchange will ask for on this rank, in bytes, if all ranks are on one node."""
+    """Memory of windows that the exchange will ask for on this rank, in bytes. Collective."""
     if config.exchange != "gossip":
         return 0
-    sources = make_topology(config.topology, comm.size).in_neighbours(comm.rank)
+    nodes = [str(leader) for leader in node_leaders(comm)]
+    sources = make_topology(config.topology, comm.size, nodes).in_neighbours(comm.rank)
     return lay_out([flat.size * _native.WIRE_ITEMSIZE[config.wire]] * len(sources))[1]
