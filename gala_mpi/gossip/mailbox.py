@@ -4,7 +4,7 @@ A mailbox lies in the receiver's window: one control word on a cache line of its
 times `back` (known to the sender), `middle` (in the control word) and `front` (known to the receiver) are a
 permutation of 0, 1, 2, so no slot is ever written and read at once, and neither side waits for the other.
 
-    control word = index of the middle slot (bits 0-1) | FRESH (bit 2) | number of its message (from bit 3 on)
+    control word = index of the middle slot (bits 0-1) | FRESH (bit 2)
 
     word         written by                              read by
     slot back    the sender: stores, done at Win_sync,   nobody
@@ -16,10 +16,7 @@ The sender's Win_sync (in a window that is shared inside a node) or Flush orders
 publishes it; the receiver's swap, flushed, and Win_sync order that publication before its loads, and its loads before
 the swap that gives the slot away.
 
-In a `polled` window there is no Flush, since it may wait for other targets (see `courier`), and messages are sealed:
-the header holds their number and a checksum over the whole. Should a part of a Put land after the publication, or
-even after the slot has changed hands, the checksum does not fit, or the number is not the one that was published, and
-nothing is given out. Once both fit, all is there, and what lands late changes no byte.
+Between nodes, where a courier carries, there is another protocol: see `background`.
 """
 
 from __future__ import annotations
@@ -31,12 +28,10 @@ from typing import Any, Protocol, Required, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from gala_mpi import _native
 from gala_mpi.mpi.window import PAGE_BYTES, Bytes, Window
 
 SLOTS = 3
 FRESH = 4
-NUMBER_SHIFT = 3
 CACHE_LINE_BYTES = 64
 
 HEADER = np.dtype(
@@ -71,17 +66,18 @@ class Place:
 
 def lay_out(capacities: Sequence[int]) -> tuple[list[Place], int]:
     """Places of mailboxes with the given payload capacities, and the bytes that they need in all."""
-    offset = _whole_pages(CACHE_LINE_BYTES * len(capacities))
+    offset = whole_pages(CACHE_LINE_BYTES * len(capacities))
     places = []
     for index, capacity in enumerate(capacities):
-        stride = PAGE_BYTES + _whole_pages(capacity)
+        stride = PAGE_BYTES + whole_pages(capacity)
         first, second, third = (offset + slot * stride + PAGE_BYTES for slot in range(SLOTS))
         places.append(Place(CACHE_LINE_BYTES * index, (first, second, third), capacity))
         offset += SLOTS * stride
     return places, offset
 
 
-def _whole_pages(nbytes: int) -> int:
+def whole_pages(nbytes: int) -> int:
+    """So many bytes, rounded up to pages."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
@@ -99,25 +95,18 @@ class Message:
     payload: Bytes
 
 
-def seal(header: npt.NDArray[np.void], payload: Bytes) -> None:
-    """Set the checksum of a header (1,): that of header and payload, the checksum itself counting as 0."""
-    header["checksum"] = 0
-    header["checksum"] = (_native.checksum(header.view(np.uint8)) + _native.checksum(payload)) % 2**64
-
-
-def is_whole(memory: Bytes, number: int) -> bool:
-    """Whether a header and the payload behind it are all of the message of that number."""
-    header = memory[: HEADER.itemsize].view(HEADER)[0]
-    found = int(header["checksum"])
-    # As the field counted as 0 when it was made, its own two words are taken off.
-    return int(header["number"]) == number and (
-        (_native.checksum(memory) - (found & 0xFFFFFFFF) - (found >> 32)) % 2**64 == found
+def message_of(header: np.void, payload: Bytes) -> Message:
+    """A message as an inbox gives it out."""
+    return Message(
+        sender=int(header["sender"]),
+        number=int(header["number"]),
+        update=int(header["update"]),
+        time_s=float(header["time_s"]),
+        agent_steps=int(header["agent_steps"]),
+        wire=int(header["wire"]),
+        last=bool(header["last"]),
+        payload=payload,
     )
-
-
-def publication(slot: int, number: int) -> int:
-    """The control word that publishes a slot."""
-    return slot | FRESH | number << NUMBER_SHIFT
 
 
 class About(TypedDict, total=False):
@@ -131,7 +120,7 @@ class About(TypedDict, total=False):
 
 
 def fill(header: npt.NDArray[np.void], sender: int, number: int, nbytes: int, about: About) -> None:
-    """Write a header (1,), without a seal."""
+    """Write a header (1,), without a checksum."""
     wire, last = about.get("wire", 0), about.get("last", False)
     header[0] = (about["update"], about["time_s"], about["agent_steps"], sender, wire, nbytes, last, number, 0)
 
@@ -168,7 +157,6 @@ class Outbox:
     """
 
     def __init__(self, window: Window, target: int, place: Place) -> None:
-        assert not window.polled, "what is sent in a polled window is sealed"
         self._window, self.target, self._place = window, target, place
         self._back = self._number = 0
         self._header = np.zeros(1, HEADER)
@@ -189,7 +177,7 @@ class Outbox:
         fill(self._header, self._window.rank, self._number, nbytes, about)
         self._window.put(self._header, self.target, self._place.slots[self._back] - HEADER.itemsize)
         self._window.flush(self.target)
-        self._back = self._window.swap(self.target, self._place.control, publication(self._back, self._number)) & 3
+        self._back = self._window.swap(self.target, self._place.control, self._back | FRESH) & 3
         # The receiver's loads from the slot that this brought home are over before it is written.
         self._window.sync()
 
@@ -208,47 +196,24 @@ class Inbox:
 
     def __init__(self, window: Window, place: Place) -> None:
         self._window, self._place = window, place
-        self._front, self._number = 2, 0
-        self._landing = False
+        self._front = 2
         window.swap(window.rank, place.control, 1)
 
     def fresh(self) -> bool:
         """Whether a message waits that was not taken yet."""
-        return self._landing or self._published()
-
-    def _published(self) -> bool:
         return bool(self._window.load(self._window.rank, self._place.control) & FRESH)
 
     def take(self) -> Message | None:
-        """The newest message, or None if none came since the last `take`, or not all of it yet.
+        """The newest message, or None if none came since the last `take`.
 
-        Whatever it gives, the message taken before is no longer valid if the inbox was fresh.
+        The message taken before is valid until then.
         """
-        if self._published():
-            # The loads from the old front slot must be over before the sender may own it.
-            self._window.sync()
-            found = self._window.swap(self._window.rank, self._place.control, self._front)
-            self._front, self._number = found & 3, found >> NUMBER_SHIFT
-            self._landing = True
-        if not self._landing:
+        if not self.fresh():
             return None
+        # The loads from the old front slot must be over before the sender may own it.
+        self._window.sync()
+        self._front = self._window.swap(self._window.rank, self._place.control, self._front) & 3
         self._window.sync()
         slot = self._place.slots[self._front]
         header = self._window.memory(slot - HEADER.itemsize, HEADER.itemsize).view(HEADER)[0]
-        nbytes = int(header["nbytes"])
-        if self._window.polled and not (
-            0 <= nbytes <= self._place.capacity
-            and is_whole(self._window.memory(slot - HEADER.itemsize, HEADER.itemsize + nbytes), self._number)
-        ):
-            return None
-        self._landing = False
-        return Message(
-            sender=int(header["sender"]),
-            number=int(header["number"]),
-            update=int(header["update"]),
-            time_s=float(header["time_s"]),
-            agent_steps=int(header["agent_steps"]),
-            wire=int(header["wire"]),
-            last=bool(header["last"]),
-            payload=self._window.memory(slot, nbytes),
-        )
+        return message_of(header, self._window.memory(slot, int(header["nbytes"])))

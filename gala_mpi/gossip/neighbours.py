@@ -41,7 +41,7 @@ class InNeighbour:
         """The newest message, if there is one; it is held, and what was held is given up for it."""
         if not self.inbox.fresh():
             return None
-        # Its slot may go to the sender now, though nothing has wholly arrived yet.
+        # What was taken before is valid no longer.
         self.held = None
         message = self.inbox.take()
         if message is not None:

@@ -8,6 +8,7 @@ never against a load or store of the processor.
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,8 @@ from mpi4py import MPI
 
 from gala_mpi import _native
 
+# MPICH reads each of its settings under three names.
+NETMOD_VARIABLES = ("MPIR_CVAR_CH4_NETMOD", "MPIR_PARAM_CH4_NETMOD", "MPICH_CH4_NETMOD")
 PAGE_BYTES = 4096
 WORD_BYTES = 8
 
@@ -42,12 +45,26 @@ def may_call_from_threads() -> bool:
     return MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
 
+def may_hang_on_the_dead() -> bool:
+    """Whether the call that starts an operation to a rank that has died may never return.
+
+    MPICH over libfabric tries to connect for ever, with the library locked. Only what was seen not to is taken off:
+    Open MPI, and MPICH over UCX.
+    """
+    text = MPI.Get_library_version()
+    if "Open MPI" in text:
+        return False
+    netmods = next((line.split("ch4:")[1].split() for line in text.splitlines() if "ch4:" in line), [])
+    chosen = next((os.environ[name] for name in NETMOD_VARIABLES if os.environ.get(name)), "".join(netmods[:1]))
+    return not chosen.startswith("ucx")
+
+
 class Window:
     """`nbytes` of page-aligned memory on this rank (ranks may differ), zeroed, open to every rank of `comm`.
 
     Making and freeing it are collective; all else is local. Offsets and sizes are in bytes, from the first
-    page of the target's memory. A `polled` window is one that a second thread works on: every operation there waits
-    for its own request alone. A flush, which may wait for all that the process has started, towards dead ranks too, and
+    page of the target's memory. In a window on which a second thread works (see `courier`) operations are started, and
+    each is waited for alone. A flush, which may wait for all that the process has started, towards dead ranks too, and
     with the library locked (MPICH over libfabric), is not for it.
 
     A `shared` window is one over ranks of one node: what a rank writes it stores there itself, and its atomics are the
@@ -55,7 +72,7 @@ class Window:
     so the loads see the stores, by MPI-4.1, section 12.7, and by C11 too, as the atomics are sequentially consistent.
     """
 
-    def __init__(self, comm: MPI.Intracomm, nbytes: int, *, polled: bool = False, shared: bool = False) -> None:
+    def __init__(self, comm: MPI.Intracomm, nbytes: int, *, shared: bool = False) -> None:
         info = MPI.Info.Create()
         info.Set("same_disp_unit", "true")
         info.Set("mpi_minimum_memory_alignment", str(PAGE_BYTES))
@@ -86,7 +103,6 @@ class Window:
         self._word = np.zeros(1, np.int64)
         self._result = np.zeros(1, np.int64)
         self.rank = comm.rank
-        self.polled = polled
         self._memory[:] = 0
         self._win.Lock_all(MPI.MODE_NOCHECK)
         # Win_sync orders the stores above before other ranks' accesses; legal only inside the epoch.
@@ -134,39 +150,21 @@ class Window:
     def _fetch_and_op(self, target: int, offset: int, op: MPI.Op) -> int:
         word, result = [self._word, 1, MPI.INT64_T], [self._result, 1, MPI.INT64_T]
         place = self._shifts[target] + offset
-        if self.polled:
-            self._win.Rget_accumulate(word, result, target, [place, 1, MPI.INT64_T], op).Wait()
-        else:
-            self._win.Fetch_and_op(word, result, target, place, op)
-            self._win.Flush(target)
+        self._win.Fetch_and_op(word, result, target, place, op)
+        self._win.Flush(target)
         return int(self._result[0])
 
     def start_put(self, data: npt.NDArray[Any], target: int, offset: int) -> MPI.Request:
         """Start to write `data` (contiguous) into the target's memory, without ever waiting.
 
-        Once the request is complete `data` may change; a `flush` then says that it has arrived.
+        Once the request is complete `data` may change; it may arrive later.
         """
         place = [self._shifts[target] + offset, data.nbytes, MPI.BYTE]
         return self._win.Rput([data, data.nbytes, MPI.BYTE], target, place)
 
-    def start_ping(self, answer: npt.NDArray[np.int64], target: int, offset: int) -> MPI.Request:
-        """Start to read a word of the target's memory into `answer` (1,); complete once the target has answered.
-
-        What it reads is not to be used: a read is not atomic against `swap`.
-        """
-        return self._win.Rget([answer, 8, MPI.BYTE], target, [self._shifts[target] + offset, 8, MPI.BYTE])
-
-    def start_swap(
-        self, value: npt.NDArray[np.int64], before: npt.NDArray[np.int64], target: int, offset: int
-    ) -> MPI.Request:
-        """Start to write a control word atomically; `before` (1,) gets what was there, once the request is complete."""
-        return self._win.Rget_accumulate(
-            [value, 1, MPI.INT64_T],
-            [before, 1, MPI.INT64_T],
-            target,
-            [self._shifts[target] + offset, 1, MPI.INT64_T],
-            MPI.REPLACE,
-        )
+    def start_read(self, words: npt.NDArray[np.int64], target: int, offset: int) -> MPI.Request:
+        """Start to read words of the target's memory, without ever waiting; complete once it has answered."""
+        return self._win.Rget([words, words.nbytes, MPI.BYTE], target, [self._shifts[target] + offset, words.nbytes, MPI.BYTE])
 
     def sync(self) -> None:
         """Order this rank's loads and stores of its own memory against the one-sided accesses around them."""
