@@ -75,31 +75,9 @@ static PyObject *py_all_finite(PyObject *Py_UNUSED(module), PyObject *args, PyOb
     return finish(&held, PyBool_FromLong(finite));
 }
 
-PyDoc_STRVAR(checksum_doc,
-"checksum(buffer)\n--\n\n"
-"Sum, modulo 2**64, of a buffer's 32-bit words in the machine's byte order, and of the bytes behind the last one.\n\n"
-"buffer: contiguous bytes at any address. Tells a message that arrived in part from a whole one, not more. Raises\n"
-"TypeError or ValueError. Local.");
-
-static PyObject *py_checksum(PyObject *Py_UNUSED(module), PyObject *object)
-{
-    uint64_t sum;
-    struct held held;
-
-    begin(&held);
-    struct taken *buffer = take(&held, object, "buffer", "B", READ);
-    if (buffer == NULL)
-        return finish(&held, NULL);
-    Py_BEGIN_ALLOW_THREADS
-    sum = checksum((size_t)buffer->view.len, buffer->view.buf);
-    Py_END_ALLOW_THREADS
-    return finish(&held, PyLong_FromUnsignedLongLong(sum));
-}
-
 static PyMethodDef methods[] = {
     {"pack", (PyCFunction)(void (*)(void))py_pack, METH_VARARGS | METH_KEYWORDS, pack_doc},
     {"all_finite", (PyCFunction)(void (*)(void))py_all_finite, METH_VARARGS | METH_KEYWORDS, all_finite_doc},
-    {"checksum", py_checksum, METH_O, checksum_doc},
     {NULL, NULL, 0, NULL},
 };
 

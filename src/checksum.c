@@ -16,27 +16,27 @@
 #define PRIME_1 UINT64_C(0x9E3779B185EBCA87)
 #define PRIME_2 UINT64_C(0xC2B2AE3D27D4EB4F)
 
-static inline uint64_t take_in(uint64_t lane, uint64_t word)
+INLINE uint64_t take_in(uint64_t lane, uint64_t word)
 {
     lane += word * PRIME_2;
     return ((lane << 31) | (lane >> 33)) * PRIME_1;
 }
 
-static inline uint64_t finalise(uint64_t z)
+INLINE uint64_t finalise(uint64_t z)
 {
     z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
     z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
     return z ^ (z >> 31);
 }
 
-static void begin(uint64_t lanes[LANES], uint64_t seed)
+INLINE void begin_lanes(uint64_t lanes[LANES], uint64_t seed)
 {
     for (int i = 0; i < LANES; i++)
         lanes[i] = seed + (uint64_t)i * PRIME_1;
 }
 
 /* What does not fill a block is padded with zeros: its length goes into the end. */
-static inline void take_in_all(uint64_t lanes[LANES], size_t nbytes, const unsigned char *memory)
+INLINE void take_in_all(uint64_t lanes[LANES], size_t nbytes, const unsigned char *memory)
 {
     uint64_t words[LANES];
     size_t place = 0;
@@ -53,7 +53,7 @@ static inline void take_in_all(uint64_t lanes[LANES], size_t nbytes, const unsig
     }
 }
 
-static uint64_t end(const uint64_t lanes[LANES], size_t nbytes)
+INLINE uint64_t end_lanes(const uint64_t lanes[LANES], size_t nbytes)
 {
     uint64_t sum = finalise(nbytes);
     for (int i = 0; i < LANES; i++)
@@ -64,15 +64,15 @@ static uint64_t end(const uint64_t lanes[LANES], size_t nbytes)
 MULTIVERSION uint64_t checksum(size_t nbytes, const unsigned char *memory, uint64_t seed)
 {
     uint64_t lanes[LANES];
-    begin(lanes, seed);
+    begin_lanes(lanes, seed);
     take_in_all(lanes, nbytes, memory);
-    return end(lanes, nbytes);
+    return end_lanes(lanes, nbytes);
 }
 
 MULTIVERSION uint64_t checked_copy(size_t nbytes, const unsigned char *from, unsigned char *to, uint64_t seed)
 {
     uint64_t lanes[LANES];
-    begin(lanes, seed);
+    begin_lanes(lanes, seed);
     for (size_t place = 0; place < nbytes; place += CHUNK_BYTES) {
         size_t length = nbytes - place < CHUNK_BYTES ? nbytes - place : CHUNK_BYTES;
         memcpy(to + place, from + place, length);
@@ -80,5 +80,5 @@ MULTIVERSION uint64_t checked_copy(size_t nbytes, const unsigned char *from, uns
         atomic_signal_fence(memory_order_seq_cst);
         take_in_all(lanes, length, to + place);
     }
-    return end(lanes, nbytes);
+    return end_lanes(lanes, nbytes);
 }

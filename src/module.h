@@ -6,6 +6,7 @@
 #include <Python.h>
 
 int add_wire(PyObject *module);
+int add_checksum(PyObject *module);
 int add_mix(PyObject *module);
 int add_learn(PyObject *module);
 int add_words(PyObject *module);

@@ -65,18 +65,3 @@ int all_finite(enum wire wire, size_t count, const unsigned char *restrict messa
         return all_finite_32(count, message);
     }
 }
-
-MULTIVERSION uint64_t checksum(size_t nbytes, const unsigned char *restrict memory)
-{
-    size_t words = nbytes / 4;
-    uint64_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < words; i++) {
-        uint32_t word;
-        memcpy(&word, memory + 4 * i, sizeof word);
-        sum += word;
-    }
-    for (size_t i = 4 * words; i < nbytes; i++)
-        sum += memory[i];
-    return sum;
-}

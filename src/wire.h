@@ -17,7 +17,4 @@ void pack(enum wire wire, size_t count, const void *restrict values, unsigned ch
 /* Whether every value is finite. */
 int all_finite(enum wire wire, size_t count, const unsigned char *restrict message);
 
-/* Sum, modulo 2^64, of the 32-bit words in the machine's byte order, and of the bytes behind the last whole one. */
-uint64_t checksum(size_t nbytes, const unsigned char *restrict memory);
-
 #endif

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -94,7 +95,7 @@ class Snapshot:
         end = HEADER_BYTES + nbytes
         if slot[end : end + WORD_BYTES].tobytes() != self.header["number"].tobytes():
             return False
-        found = _native.copy(slot[HEADER_BYTES:end], self.payload, self._seed())
+        found = _native.checked_copy(slot[HEADER_BYTES:end], self.payload, self._seed())
         return found == int(self.header["checksum"][0])
 
     def _seed(self) -> int:
@@ -266,13 +267,14 @@ class BackgroundInbox(End):
             self._put = self._window.start_put(self._answered, self._source, self._answer)
 
 
-def lay_out(senders: int, receivers: int, capacity: int) -> tuple[list[int], list[int], int]:
-    """Offsets of the slots and of the answers on a rank with so many in- and out-neighbours, and the bytes in all.
+def lay_out(capacities: Sequence[int], receivers: int) -> tuple[list[int], list[int], int]:
+    """Where a rank's slots lie, one of each capacity, and the answers of its `receivers`; and the bytes in all.
 
     A slot begins so that its payload lies on a page; an answer has a cache line of its own.
     """
     answers = [CACHE_LINE_BYTES * index for index in range(receivers)]
-    stride = PAGE_BYTES + whole_pages(capacity + WORD_BYTES)
-    first = whole_pages(CACHE_LINE_BYTES * receivers) + PAGE_BYTES - HEADER_BYTES
-    slots = [first + stride * index for index in range(senders)]
-    return slots, answers, whole_pages(CACHE_LINE_BYTES * receivers) + stride * senders
+    offset, slots = whole_pages(CACHE_LINE_BYTES * receivers), []
+    for capacity in capacities:
+        slots.append(offset + PAGE_BYTES - HEADER_BYTES)
+        offset += PAGE_BYTES + whole_pages(capacity + WORD_BYTES)
+    return slots, answers, offset

@@ -66,7 +66,7 @@ class Mailboxes:
 
         def places(rank: int) -> tuple[dict[int, int], dict[int, int], int]:
             targets = _targets(in_edges, rank)
-            slots, answers, total = background.lay_out(len(in_edges[rank]), len(targets), self._nbytes)
+            slots, answers, total = background.lay_out([self._nbytes] * len(in_edges[rank]), len(targets))
             return dict(zip(in_edges[rank], slots, strict=True)), dict(zip(targets, answers, strict=True)), total
 
         slots, answers, total_bytes = places(self._rank)

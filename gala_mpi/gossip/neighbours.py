@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from gala_mpi.gossip.background import BackgroundInbox
 from gala_mpi.gossip.mailbox import Inbox, Message
 from gala_mpi.gossip.rules import Weights
 from gala_mpi.gossip.topology import mixing_weights
@@ -25,7 +26,7 @@ class InNeighbour:
     """What this rank knows of one rank that sends to it."""
 
     rank: int
-    inbox: Inbox
+    inbox: Inbox | BackgroundInbox
     heard_at_s: float | None = None
     update: int = 0
     number: int = 0

@@ -164,7 +164,8 @@ class Window:
 
     def start_read(self, words: npt.NDArray[np.int64], target: int, offset: int) -> MPI.Request:
         """Start to read words of the target's memory, without ever waiting; complete once it has answered."""
-        return self._win.Rget([words, words.nbytes, MPI.BYTE], target, [self._shifts[target] + offset, words.nbytes, MPI.BYTE])
+        place = [self._shifts[target] + offset, words.nbytes, MPI.BYTE]
+        return self._win.Rget([words, words.nbytes, MPI.BYTE], target, place)
 
     def sync(self) -> None:
         """Order this rank's loads and stores of its own memory against the one-sided accesses around them."""

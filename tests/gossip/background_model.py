@@ -113,8 +113,10 @@ def receiver_steps(protocol: Protocol, state: State) -> Iterator[Step]:
     number = state.slot[0]
     newer = number > me.taken if protocol.takes_newer_alone else number != me.taken
     if me.pc == "look" and newer:
-        early = () if protocol.answers_after_the_check else (number,)
-        yield step(f"sees {number}", pc="copy", number=number, answers=tuple(sorted((*me.answers, *early))))
+        early: dict[str, object] = {}
+        if not protocol.answers_after_the_check and me.answered != number:
+            early = {"answered": number, "answers": tuple(sorted((*me.answers, number)))}
+        yield step(f"sees {number}", pc="copy", number=number, **early)
     if me.pc == "copy":
         copy = (*me.copy, state.slot[len(me.copy)])
         if len(copy) < protocol.words:

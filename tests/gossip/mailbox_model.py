@@ -20,13 +20,7 @@ is another, so all that can happen between the two does. A Flush is the guard of
 once nothing of that origin is in flight. The sender posts `updates` messages and stops, the receiver polls
 for ever; the states are finite in number all the same.
 
-A sender that carries in the background (`courier.BackgroundOutbox`) has other calls and the same steps. Its Put's
-request only frees the buffer; what lets it publish is the Flush after that, which is the guard of `publish`. Its swap
-has no Flush of its own: the swap's request is complete once the old value is in the result buffer, which is the
-guard of `adopt`, for by then the sender has an atomic in flight and no word of a Put. (The old value is home only
-after the atomic took effect, as that is one transition.) So both senders have the same transitions; a test checks
-that the two guards agree in every state. Which snapshot is sent is the sender's own affair, and tested apart from
-this model (`programs/courier_properties.py`).
+What a courier carries between nodes has a protocol of its own: see `background_model`.
 
 Not modelled: loads that a CPU reorders (what Win.Sync is for), and a lost network.
 
@@ -38,10 +32,11 @@ The fields of `Protocol` beyond its three sizes are the steps that make it right
 show that the checker then finds the harm.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from explorer import Invariant, Result, Step, explore
 
 INDEX, FRESH = 3, 4
 
@@ -124,14 +119,6 @@ class State(NamedTuple):
     sender: Sender
     receiver: Receiver
     published: int = 0  # ghost: newest update whose publishing swap took effect
-
-
-class Step(NamedTuple):
-    """A transition: whose it is (a landing belongs to its origin), what it does, and the state after it."""
-
-    owner: Literal["sender", "receiver"]
-    action: str
-    state: State
 
 
 def initial_state(protocol: Protocol) -> State:
@@ -234,10 +221,6 @@ def land(state: State, atomic: Atomic) -> State:
     return state._replace(control=control, published=max(state.published, atomic.publishes))
 
 
-# A predicate on a state and on the steps enabled in it; false is a violation.
-Invariant = Callable[[State, tuple[Step, ...]], bool]
-
-
 def permutation(state: State, _: tuple[Step, ...]) -> bool:
     """Back, middle and front are three different slots."""
     return {state.sender.owns, state.control & INDEX, state.receiver.owns} == {0, 1, 2}
@@ -287,50 +270,14 @@ INVARIANTS: Mapping[str, Invariant] = {
 }
 
 
-@dataclass(frozen=True)
-class Result:
-    """What an exploration found; `trace` is a shortest path from the initial state to the violation."""
-
-    states: int
-    violation: str | None = None
-    trace: tuple[Step, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{self.violation or 'no invariant'} violated, {self.states} states seen"]
-        for number, (owner, action, state) in enumerate(self.trace, 1):
-            lines.append(f"{number:3} {owner:8} {action:40} {state_text(state)}")
-        return "\n".join(lines)
-
-
 def successors(protocol: Protocol, state: State) -> tuple[Step, ...]:
     """Every transition that is enabled in a state."""
     return (*sender_steps(protocol, state), *receiver_steps(protocol, state), *landings(state))
 
 
-def explore(protocol: Protocol, invariants: Mapping[str, Invariant] = INVARIANTS) -> Result:
-    """Visit every reachable state, breadth first, and stop at the first that violates an invariant."""
-    start = initial_state(protocol)
-    came_from: dict[State, tuple[State, Step] | None] = {start: None}
-    queue = deque([start])
-    while queue:
-        state = queue.popleft()
-        steps = successors(protocol, state)
-        for name, holds in invariants.items():
-            if not holds(state, steps):
-                return Result(len(came_from), name, trace_to(state, came_from))
-        for step in steps:
-            if step.state not in came_from:
-                came_from[step.state] = (state, step)
-                queue.append(step.state)
-    return Result(len(came_from))
-
-
-def trace_to(state: State, came_from: Mapping[State, tuple[State, Step] | None]) -> tuple[Step, ...]:
-    trace: list[Step] = []
-    while (link := came_from[state]) is not None:
-        state, step = link
-        trace.append(step)
-    return tuple(reversed(trace))
+def explored(protocol: Protocol, invariants: Mapping[str, Invariant] = INVARIANTS) -> Result:
+    """Explore the protocol until a state violates an invariant."""
+    return explore(initial_state(protocol), lambda state: successors(protocol, state), invariants)
 
 
 def control_text(control: int) -> str:
@@ -339,9 +286,3 @@ def control_text(control: int) -> str:
 
 def flush_text(flushed: bool) -> str:
     return "Flush; " if flushed else "no Flush; "
-
-
-def state_text(state: State) -> str:
-    slots = " ".join("".join(map(str, slot)) for slot in state.slots)
-    owners = f"back {state.sender.back}, front {state.receiver.front}, holds {state.receiver.held}"
-    return f"control {control_text(state.control):8} slots {slots}  {owners}"

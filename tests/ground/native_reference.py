@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+PRIME_1, PRIME_2 = np.uint64(0x9E3779B185EBCA87), np.uint64(0xC2B2AE3D27D4EB4F)
 WIRE_TYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2")}
 
 
@@ -93,9 +94,7 @@ def sketch(state: Floats, buckets: int, seed: int) -> Floats:
     """The count sketch of the state."""
     with np.errstate(over="ignore"):
         z = np.uint64(seed) + (np.arange(len(state), dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
+        z = _finalise(z)
     signs = np.where(z >> np.uint64(63), -1.0, 1.0)
     where = (z & np.uint64(buckets - 1)).astype(np.int64)
     sums = np.zeros(buckets)
@@ -103,9 +102,27 @@ def sketch(state: Floats, buckets: int, seed: int) -> Floats:
     return sums.astype(np.float32)
 
 
-def checksum(memory: np.ndarray) -> int:
-    """Sum modulo 2**64 of the whole 32-bit words, and of the bytes behind them."""
-    words = len(memory) // 4
-    return (
-        int(memory[: 4 * words].copy().view(np.uint32).sum(dtype=np.uint64)) + int(memory[4 * words :].sum())
-    ) % 2**64
+def checksum(memory: np.ndarray, seed: int = 0) -> int:
+    """Eight lanes of 64-bit words, each taken in by two products and a rotation; then the lanes, from the length on."""
+    padded = np.zeros(-(-len(memory) // 64) * 64, np.uint8)
+    padded[: len(memory)] = memory
+    with np.errstate(over="ignore"):
+        lanes = np.uint64(seed) + np.arange(8, dtype=np.uint64) * PRIME_1
+        for block in padded.view(np.uint64).reshape(-1, 8):
+            lanes = _take_in(lanes, block)
+        total = _finalise(np.array([len(memory)], np.uint64))
+        for lane in lanes:
+            total = _take_in(total, lane)
+        return int(_finalise(total)[0])
+
+
+def _take_in(lane: npt.NDArray[np.uint64], word: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64]:
+    lane = lane + word * PRIME_2
+    return ((lane << np.uint64(31)) | (lane >> np.uint64(33))) * PRIME_1
+
+
+def _finalise(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The last step of SplitMix64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -471,27 +471,54 @@ def test_a_call_takes_any_number_of_buffers() -> None:
 
 
 @settings(deadline=None)
-@given(seeds, sizes, skews)
-def test_checksum_agrees_with_its_twin(seed: int, size: int, skew: int) -> None:
-    memory = skewed(np.random.default_rng(seed).integers(0, 256, size, np.uint8), skew)
-    assert _native.checksum(memory) == reference.checksum(memory)
+@given(seeds, sizes, skews, skews, st.integers(0, 2**64 - 1))
+def test_checksum_agrees_with_its_twin(number: int, size: int, skew: int, out_skew: int, seed: int) -> None:
+    memory = skewed(np.random.default_rng(number).integers(0, 256, size, np.uint8), skew)
+    out = skewed(np.zeros(size, np.uint8), out_skew)
+    expected = reference.checksum(memory, seed)
+    assert _native.checksum(memory, seed) == _native.checked_copy(memory, out, seed) == expected
+    np.testing.assert_array_equal(out, memory)
 
 
 def test_checksum_tells_what_arrived_in_part() -> None:
-    """A page of the message before, in place of one of the new, shows wherever it lies."""
+    """A page or a word of the message before, in place of one of the new, shows wherever it lies."""
     rng = np.random.default_rng(1)
     before, whole = (rng.normal(size=50_000).astype(np.float32).view(np.uint8) for _ in range(2))
-    for begin in range(0, len(whole), 4096):
-        torn = whole.copy()
-        torn[begin : begin + 4096] = before[begin : begin + 4096]
-        assert _native.checksum(torn) != _native.checksum(whole)
+    expected = _native.checksum(whole)
+    for length, step in ((4096, 4096), (8, 1016)):
+        for begin in range(0, len(whole) - length, step):
+            torn = whole.copy()
+            torn[begin : begin + length] = before[begin : begin + length]
+            assert _native.checksum(torn) != expected
 
 
-def test_checksum_refuses_what_is_not_bytes() -> None:
+def test_checksum_tells_changes_that_would_cancel_in_a_sum() -> None:
+    values = np.arange(64, dtype=np.uint64)
+    other = values.copy()
+    # In words of one lane, and of two.
+    for one, two in ((0, 8), (3, 4)):
+        other[:] = values
+        other[one] += 1
+        other[two] -= 1
+        assert _native.checksum(other.view(np.uint8)) != _native.checksum(values.view(np.uint8))
+    assert len({_native.checksum(np.zeros(length, np.uint8)) for length in range(200)}) == 200
+
+
+def test_checksum_refuses_what_is_not_bytes_and_copies_that_do_not_fit() -> None:
+    memory = np.zeros(8, np.uint8)
     with pytest.raises(TypeError):
         _native.checksum(np.zeros(4, np.float32))
     with pytest.raises(ValueError, match="contiguous"):
-        _native.checksum(np.zeros(8, np.uint8)[::2])
+        _native.checksum(memory[::2])
+    for seed in (-1, 2**64):
+        with pytest.raises(OverflowError):
+            _native.checksum(memory, seed)
+    with pytest.raises(ValueError, match="out: expected 8 bytes, got 7"):
+        _native.checked_copy(memory, np.zeros(7, np.uint8))
+    with pytest.raises(ValueError, match="out: overlaps source"):
+        _native.checked_copy(memory, memory)
+    with pytest.raises(ValueError, match="out: expected a writable buffer"):
+        _native.checked_copy(memory, bytes(8))
 
 
 def test_swap_and_load_of_a_word() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from gala_mpi.gossip.courier import BackgroundOutbox, Snapshot
+from gala_mpi.gossip.background import BackgroundInbox, BackgroundOutbox, Snapshot
 from gala_mpi.gossip.mailbox import FRESH, HEADER, Inbox, Message, Outbox, Place
 from gala_mpi.mpi.waiting import wait_until
 from gala_mpi.mpi.window import Window
@@ -71,56 +72,12 @@ class ReadsInPlace(Inbox):
         return super().take()
 
 
-class Done:
-    """A request that is complete."""
-
-    def Test(self) -> bool:
-        return True
-
-
-class PutsAfterTheSwap:
-    """A window in which a Put happens only after the swap that follows it."""
-
-    def __init__(self, window: Window) -> None:
-        self._window, self.rank, self.polled = window, window.rank, window.polled
-
-    def start_put(self, *put: Any) -> Done:
-        self._put = put
-        return Done()
-
-    def start_ping(self, *_: Any) -> Done:
-        return Done()
-
-    def flush(self, target: int) -> None:
-        self._window.flush(target)
-
-    def start_swap(self, *swap: Any) -> Done:
-        self._window.start_swap(*swap).Wait()
-        time.sleep(200e-6)
-        self._window.start_put(*self._put).Wait()
-        self._window.flush(self._put[1])
-        return Done()
-
-
-class PublishesBeforeThePutIsDone(BackgroundOutbox):
-    """Wrong: starts the swap although the Put is not complete."""
-
-    def __init__(self, window: Window, target: int, place: Place) -> None:
-        super().__init__(PutsAfterTheSwap(window), target, place)
-
-
 class ReusesTheSnapshotInFlight(BackgroundOutbox):
     """Wrong: writes the next message over the one that the courier sends."""
 
-    def __init__(self, window: Window, target: int, place: Place) -> None:
-        super().__init__(window, target, place)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._free = [self._spare, self._spare]
-
-    def post(self, payload: np.ndarray, **header: Any) -> None:
-        # Long enough between header and payload for the courier to come by.
-        self._spare.header["update"] = header["update"]
-        time.sleep(300e-6)
-        super().post(payload, **header)
 
 
 class SendsTheBufferItself(BackgroundOutbox):
@@ -130,45 +87,12 @@ class SendsTheBufferItself(BackgroundOutbox):
         super().post(payload, **header)
         self._payload = payload
 
-    def _step(self) -> bool:
+    def start(self) -> None:
         with self._lock:
             if self._waiting is not None:
-                payload = self._payload[: (self._waiting.nbytes - HEADER.itemsize) // self._payload.itemsize]
-                self._waiting.memory[HEADER.itemsize : self._waiting.nbytes] = payload.view(np.uint8)
-        return super()._step()
-
-
-class NeverAdopts(BackgroundOutbox):
-    """Wrong: goes on writing the slot that it published."""
-
-    def _step(self) -> bool:
-        back = self._back
-        going = super()._step()
-        self._back = back
-        return going
-
-
-class SwapsTwiceAtOnce(BackgroundOutbox):
-    """Wrong: sends the next message before the swap of the last one has brought the new slot home."""
-
-    def __init__(self, window: Window, target: int, place: Place) -> None:
-        super().__init__(window, target, place)
-        self._free.append(Snapshot(place.capacity))
-
-    def _step(self) -> bool:
-        if self._stage == "swap" and self._under_way and self._waiting is not None:
-            with self._lock:
-                message, self._waiting = self._waiting, None
-            slot = self._place.slots[self._back] - HEADER.itemsize
-            self._window.start_put(message.memory[: message.nbytes], self.target, slot).Wait()
-            self._window.flush(self.target)
-            before = np.zeros(1, np.int64)
-            swap = self._window.start_swap(self._word, before, self.target, self._place.control)
-            self._under_way[0].Wait()
-            self._under_way, self._before = [swap], before
-            with self._lock:
-                self._free.append(message)
-        return super()._step()
+                payload = self._payload[: self._waiting.nbytes // self._payload.itemsize]
+                self._waiting.payload[:] = payload.view(np.uint8)
+        super().start()
 
 
 class KeepsTheOldestWaiting(BackgroundOutbox):
@@ -188,15 +112,14 @@ class SendsTheReplacedOneLater(BackgroundOutbox):
         with self._lock:
             if self._waiting is not None:
                 self._replaced, self._waiting = self._waiting, None
-                self._free.append(Snapshot(self._place.capacity))
+                self._free.append(Snapshot(self._capacity))
         super().post(payload, **header)
 
-    def _step(self) -> bool:
-        going = super()._step()
+    def start(self) -> None:
+        super().start()
         with self._lock:
             if self._waiting is None and self._replaced is not None:
                 self._waiting, self._replaced = self._replaced, None
-        return going
 
 
 class WaitsInPost(BackgroundOutbox):
@@ -215,21 +138,73 @@ class CallsItDoneInFlight(BackgroundOutbox):
         return self._waiting is not None
 
 
+class CallsItDoneWhenTheNetworkHasIt(BackgroundOutbox):
+    """Wrong: takes the end of its Put for an answer."""
+
+    def look(self) -> None:
+        if self._put is not None and self.settled() and self._in_flight is not None:
+            self._answer[0] = self._in_flight.number
+        super().look()
+
+
+class GivesOutTheSlot(BackgroundInbox):
+    """Wrong: checks a copy, and gives out the slot itself."""
+
+    def take(self) -> Message | None:
+        message = super().take()
+        if message is None:
+            return None
+        return replace(message, payload=self._slot[HEADER.itemsize : HEADER.itemsize + len(message.payload)])
+
+
+class TakesWithoutACheck(BackgroundInbox):
+    """Wrong: takes whatever lies in the slot once the header has landed."""
+
+    def look(self) -> None:
+        self._spare.copy_whole = lambda slot, *_: self._copy(slot)
+        super().look()
+
+    def _copy(self, slot: np.ndarray) -> bool:
+        snapshot = self._spare
+        snapshot.memory[:] = slot
+        return 0 <= snapshot.nbytes <= self._capacity
+
+
+class TakesOlderOnesToo(BackgroundInbox):
+    """Wrong: takes any message that has another number than the last."""
+
+    def look(self) -> None:
+        if int(self._next[0]) != self._taken:
+            self._taken = min(self._taken, int(self._next[0]) - 1)
+        super().look()
+
+
+class AnswersBeforeItHasTaken(BackgroundInbox):
+    """Wrong: answers as soon as a number lands."""
+
+    def start(self) -> None:
+        taken, self._taken = self._taken, int(self._next[0])
+        super().start()
+        self._taken = taken
+
+
 BROKEN_OUTBOXES = {
     kind.__name__: kind for kind in (KeepsItsSlot, PublishesFirst, PublishesHalf, KeepsTheOldest, PostsToAnother)
 }
 BROKEN_BACKGROUND_OUTBOXES = {
     kind.__name__: kind
     for kind in (
-        PublishesBeforeThePutIsDone,
         ReusesTheSnapshotInFlight,
         SendsTheBufferItself,
-        NeverAdopts,
-        SwapsTwiceAtOnce,
         KeepsTheOldestWaiting,
         SendsTheReplacedOneLater,
         WaitsInPost,
         CallsItDoneInFlight,
+        CallsItDoneWhenTheNetworkHasIt,
     )
 }
 BROKEN_INBOXES = {kind.__name__: kind for kind in (ReadsInPlace,)}
+BROKEN_BACKGROUND_INBOXES = {
+    kind.__name__: kind
+    for kind in (GivesOutTheSlot, TakesWithoutACheck, TakesOlderOnesToo, AnswersBeforeItHasTaken)
+}

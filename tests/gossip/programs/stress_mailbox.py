@@ -4,8 +4,8 @@ Every rank sends and receives at once, and checks every message that it takes:
 
     whole       all elements encode the link and the update that the header names, at the size that belongs to it
     ordered     updates strictly increase
-    newest      a message, or the one held, is at least as new as what its sender announced before the poll, or else
-                the one that its seal holds back is; after a barrier it is the sender's very last
+    newest      a message, or the one held, is at least as new as what its sender announced before the poll; after a
+                barrier it is the sender's very last
     held        what was taken stays as it is until the next take
     last        only the sender's final message says so
     wait-free   a post does not wait for the one before it
@@ -13,8 +13,8 @@ Every rank sends and receives at once, and checks every message that it takes:
 A sender announces what has arrived: with inline delivery when the post returns, with background delivery once its
 outbox has nothing pending, or the courier is drained. What a later post replaced before that may never arrive.
 
-Background messages carry a checksum, which hides a torn message. Here it is not looked at, so that what the transport
-does shows, but with --sealed.
+With background delivery the receiving side's courier takes what is whole, by its checksum; `--unanswered` makes the
+sender repeat what has no answer after so many seconds.
 
 Rank 0 prints the totals as one line of JSON. The first violation aborts the job with exit code 1.
 """
@@ -35,13 +35,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from broken_mailboxes import BROKEN_BACKGROUND_OUTBOXES, BROKEN_INBOXES, BROKEN_OUTBOXES
+from broken_mailboxes import (
+    BROKEN_BACKGROUND_INBOXES,
+    BROKEN_BACKGROUND_OUTBOXES,
+    BROKEN_INBOXES,
+    BROKEN_OUTBOXES,
+)
 from mpi4py import MPI
 
 from gala_mpi import _native
+from gala_mpi.gossip import background
 from gala_mpi.gossip import courier as couriers
-from gala_mpi.gossip import mailbox
-from gala_mpi.gossip.courier import BackgroundOutbox, Courier
+from gala_mpi.gossip.background import BackgroundInbox, BackgroundOutbox
+from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.mailbox import CACHE_LINE_BYTES, HEADER, About, Delivery, Inbox, Message, Outbox, lay_out
 from gala_mpi.mpi.waiting import wait_until
 from gala_mpi.mpi.window import Window
@@ -55,12 +61,22 @@ POSTS_PER_PHASE = 250
 STORING = (Outbox, BackgroundOutbox)
 # Posts before a look at the inboxes, looks, and the longest pause after them in seconds.
 ROLES = {"fast sender": (5, 1, 0.0), "even": (1, 1, 50e-6), "slow sender": (1, 4, 200e-6)}
-# The courier sleeps 0.5 ms at least between its Put and its swap, so posts that waited would take longer than this.
+# The courier sleeps 0.5 ms at least between its Put and a look at the answer, so posts that waited would take longer.
 BURST, BURSTS, BURST_S = 20, 10, 20 * 0.5e-3
 
 
 class Violation(Exception):
     """The mailbox broke one of its promises."""
+
+
+class Words(Window):
+    """The words that senders announce by, without a Flush: on MPICH it waits for all that the courier has under way."""
+
+    def _fetch_and_op(self, target: int, offset: int, op: MPI.Op) -> int:
+        place = [self._shifts[target] + offset, 1, MPI.INT64_T]
+        word, result = [self._word, 1, MPI.INT64_T], [self._result, 1, MPI.INT64_T]
+        self._win.Rget_accumulate(word, result, target, place, op).Wait()
+        return int(self._result[0])
 
 
 class Link:
@@ -146,7 +162,7 @@ class Sender:
 class Receiver:
     """One rank's end of a link from an in-neighbour, and its checks."""
 
-    def __init__(self, window: Window, link: Link, inbox: Inbox, announced: int) -> None:
+    def __init__(self, window: Window, link: Link, inbox: Inbox | BackgroundInbox, announced: int) -> None:
         self._window, self._link, self._announced = window, link, announced
         self.inbox = inbox
         self.held: Message | None = None
@@ -158,19 +174,14 @@ class Receiver:
         """Take what is there, if anything, and check it and what was held until now."""
         self._check_payload("held")
         announced = self._window.load(self._window.rank, self._announced)
-        fresh = self.inbox.fresh()
-        message = self.inbox.take() if fresh else None
+        message = self.inbox.take() if self.inbox.fresh() else None
         if message is not None:
             self._check_header(message, last)
             self.most_skipped = max(self.most_skipped, message.update - self.update - 1)
             self.held, self.update = message, message.update
             self.taken += 1
             self._check_payload("whole")
-        newest = self.update
-        if fresh and message is None:
-            # A later one was published, and has not wholly arrived: the slot of the one held is given up for it.
-            self.held, newest = None, self.inbox._number
-        if newest < announced:
+        if self.update < announced:
             raise Violation(f"newest: holds update {self.update}, {announced} was announced; {self._name()}")
         return message is not None
 
@@ -212,27 +223,41 @@ class Receiver:
 class Rank:
     """One rank with all its links."""
 
-    def __init__(self, comm: MPI.Intracomm, window: Window, courier: Courier, arguments: argparse.Namespace) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, window: Window, words: Window, courier: Courier, arguments: argparse.Namespace
+    ) -> None:
         self._comm, self._courier, self._deadline_s = comm, courier, arguments.deadline_s
         self._rng = random.Random(f"{arguments.seed} {comm.rank}")
         self._posts_per_phase, self._announcing = arguments.posts_per_phase, arguments.announcing
         self._roles = [ROLES[name] for name in arguments.roles]
         self._haste, self._background = arguments.haste, arguments.delivery == "background"
         rank, size = comm.rank, comm.size
-        places, nbytes = lay_out(capacities(size, arguments))
-        inbox_kind = BROKEN_INBOXES.get(arguments.broken, Inbox)
+        sizes = capacities(size, arguments)
+        make = self._in_background if self._background else self._inline
         self.receivers, self.senders = [], []
         for index, (distance, number) in enumerate(links(size, arguments)):
-            place, announced = places[index], nbytes + CACHE_LINE_BYTES * index
-            link = Link((rank - distance) % size, rank, number, place.capacity)
-            self.receivers.append(Receiver(window, link, inbox_kind(window, place), announced))
-            target = (rank + distance) % size
-            link = Link(rank, target, number, place.capacity)
-            outbox = (
-                couriers.Outbox(window, target, place) if arguments.shared else courier.outbox(window, target, place)
-            )
-            self.senders.append(Sender(window, link, outbox, announced))
+            source, target = (rank - distance) % size, (rank + distance) % size
+            inbox, outbox = make(window, source, target, index, sizes, arguments.broken)
+            announced = CACHE_LINE_BYTES * index
+            self.receivers.append(Receiver(words, Link(source, rank, number, sizes[index]), inbox, announced))
+            self.senders.append(Sender(words, Link(rank, target, number, sizes[index]), outbox, announced))
         self.barrier()
+
+    def _inline(
+        self, window: Window, source: int, target: int, index: int, sizes: list[int], broken: str | None
+    ) -> tuple[Inbox, Delivery]:
+        place = lay_out(sizes)[0][index]
+        outbox = BROKEN_OUTBOXES.get(broken or "", Outbox)(window, target, place)
+        return BROKEN_INBOXES.get(broken or "", Inbox)(window, place), outbox
+
+    def _in_background(
+        self, window: Window, source: int, target: int, index: int, sizes: list[int], broken: str | None
+    ) -> tuple[BackgroundInbox, Delivery]:
+        slots, answers, _ = background.lay_out(sizes, len(sizes))
+        where = (slots[index], answers[index], sizes[index])
+        inbox = BROKEN_BACKGROUND_INBOXES.get(broken or "", BackgroundInbox)(window, source, *where)
+        outbox = BROKEN_BACKGROUND_OUTBOXES.get(broken or "", BackgroundOutbox)(window, target, *where)
+        return self._courier.add(inbox, source), self._courier.add(outbox, target)
 
     def barrier(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Wait for all ranks, with a deadline, calling `meanwhile` over and over."""
@@ -291,9 +316,7 @@ class Rank:
             meanwhile()
             return not any(sender.pending for sender in self.senders)
 
-        # At rest it is the courier's own wait that is tested.
-        waited = wait_until(arrived, self._deadline_s) if meanwhile == self.poll else True
-        if not (waited and self._courier.drain(self._deadline_s)):
+        if not (wait_until(arrived, self._deadline_s) and self._courier.drain(self._deadline_s)):
             raise TimeoutError(f"not all has arrived within {self._deadline_s} s")
         if not all([sender.announce() for sender in self.senders]):
             raise Violation("newest: drained, and something is still on its way")
@@ -347,6 +370,11 @@ def capacities(size: int, arguments: argparse.Namespace) -> list[int]:
     return [odd if index % 2 else arguments.capacity for index in range(len(links(size, arguments)))]
 
 
+def window_bytes(sizes: list[int], arguments: argparse.Namespace) -> int:
+    """What the mailboxes of a rank take of its window."""
+    return background.lay_out(sizes, len(sizes))[2] if arguments.delivery == "background" else lay_out(sizes)[1]
+
+
 def tcp_bytes_sent() -> int:
     """Bytes that the TCP sockets of this process have sent, by the kernel's count."""
     total = 0
@@ -367,11 +395,11 @@ def stress(comm: MPI.Intracomm, arguments: argparse.Namespace) -> dict[str, int 
     courier = Courier(comm, arguments.delivery)
     if courier.way_to((comm.rank + 1) % comm.size) != arguments.delivery:
         raise RuntimeError(f"this MPI library allows no {arguments.delivery} delivery")
-    nbytes = lay_out(sizes)[1] + CACHE_LINE_BYTES * len(sizes)
-    if not arguments.sealed:
-        mailbox.is_whole = lambda memory, number: True
-    with Window(comm, nbytes, polled=arguments.delivery == "background", shared=arguments.shared) as window:
-        rank = Rank(comm, window, courier, arguments)
+    with (
+        Window(comm, window_bytes(sizes, arguments), shared=arguments.shared) as window,
+        Words(comm, CACHE_LINE_BYTES * len(sizes), shared=arguments.shared) as words,
+    ):
+        rank = Rank(comm, window, words, courier, arguments)
         if arguments.broken is None:
             rank.check_quietly()
         elif arguments.broken == "WaitsInPost":
@@ -405,7 +433,7 @@ def main() -> None:
     parser.add_argument("--exchanges", type=int, default=7000, help="messages to take and verify, over all ranks")
     parser.add_argument("--delivery", choices=["inline", "background"], default="inline")
     parser.add_argument("--shared", action="store_true", help="in a window whose memory the senders write themselves")
-    parser.add_argument("--sealed", action="store_true", help="give out background messages only if they are whole")
+    parser.add_argument("--unanswered", type=float, default=background.REPEAT_AFTER_S, help="seconds to a repetition")
     parser.add_argument("--haste", type=float, default=0.25, help="chance of a post while the last is on its way")
     parser.add_argument("--neighbours", type=int, default=2, help="greatest number of out-neighbours of a rank")
     parser.add_argument("--mailboxes", type=int, default=1, choices=range(1, 65), metavar="1..64", help="for each")
@@ -416,12 +444,10 @@ def main() -> None:
     parser.add_argument("--courier-sleep-s", type=float, default=0.5e-3, help="of the courier, between two looks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deadline-s", type=float, default=200.0)
-    kinds = [*BROKEN_OUTBOXES, *BROKEN_BACKGROUND_OUTBOXES, *BROKEN_INBOXES]
+    kinds = [*BROKEN_OUTBOXES, *BROKEN_INBOXES, *BROKEN_BACKGROUND_OUTBOXES, *BROKEN_BACKGROUND_INBOXES]
     parser.add_argument("--broken", choices=kinds, help="a wrong end of the mailbox")
     arguments = parser.parse_args()
-    couriers.Outbox = BROKEN_OUTBOXES.get(arguments.broken, couriers.Outbox)
-    couriers.BackgroundOutbox = BROKEN_BACKGROUND_OUTBOXES.get(arguments.broken, BackgroundOutbox)
-    couriers.SLEEP_S = arguments.courier_sleep_s
+    couriers.SLEEP_S, background.REPEAT_AFTER_S = arguments.courier_sleep_s, arguments.unanswered
     comm = MPI.COMM_WORLD
     # Flushes have no deadline of their own.
     faulthandler.dump_traceback_later(arguments.deadline_s, exit=True)
