@@ -69,8 +69,8 @@ agent.Agent.train = held_up
 sys.exit(cli.train(sys.argv[4:]))
 """
 SIMULATED_UPDATES = 400
-# The courier looks at a message when it is waiting, when it has arrived, and when it is published. The pause between
-# two looks is SLEEP_S of gala_mpi.gossip.courier, which is not imported, as that starts MPI, and so do the runs.
+# Couriers look at a message when it waits, when it has arrived, and when it is answered. The pause between two looks is
+# SLEEP_S of gala_mpi.gossip.courier, which is not imported, as that starts MPI, and so do the runs.
 LOOKS, SLEEP_S = 3, 0.002
 
 

@@ -1,9 +1,9 @@
 """Discrete-event simulation of many ranks: what gossip and all-reduce make of measured update times.
 
 Each rank has a core of its own, and draws the time of an update, without its exchange, from what was measured. What it
-does then is what gala-mpi does (see `gala_mpi.gossip.gossip` and `gala_mpi.gossip.courier`): under gossip it averages
-if every in-neighbour has left a message, posts, and goes on; a post that finds the link busy replaces the one that
-waits. Under all-reduce all ranks wait for the slowest at every update, and then for the network.
+does then is what gala-mpi does (see `gala_mpi.gossip.gossip` and `gala_mpi.gossip.background`). Under gossip it
+averages if every in-neighbour has left a message, posts, and goes on; a post that finds the link busy replaces the one
+that waits. Under all-reduce all ranks wait for the slowest at every update, and then for the network.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Network:
     bytes_per_s: float
 
     def message_s(self, nbytes: int) -> float:
-        """Until a message is published at its target: its bytes, the ping behind them, and the swap (see `courier`)."""
-        return nbytes / self.bytes_per_s + 4 * self.latency_s
+        """Until the next may follow a message: its bytes, and the answer to it (see `background`)."""
+        return nbytes / self.bytes_per_s + 2 * self.latency_s
 
     def allreduce_s(self, ranks: int, nbytes: int) -> float:
         """Recursive halving and doubling (Thakur, Rabenseifner and Gropp, 2005), without the additions."""

@@ -70,7 +70,10 @@ def test_every_message_of_the_troubleshooting_page_is_one() -> None:
 
 @pytest.mark.parametrize(
     ("file", "row"),
-    [("docs/how-gossip-works.md", r"^\| `([a-z0-9-]+)` \|"), ("gala_mpi/gossip/topology.py", r"^    ([a-z][a-z0-9-]+) {2,}")],
+    [
+        ("docs/how-gossip-works.md", r"^\| `([a-z0-9-]+)` \|"),
+        ("gala_mpi/gossip/topology.py", r"^    ([a-z][a-z0-9-]+) {2,}"),
+    ],
 )
 def test_every_topology_is_in_the_tables(file: str, row: str) -> None:
     text = (ROOT / file).read_text("utf-8")

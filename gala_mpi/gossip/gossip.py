@@ -151,7 +151,7 @@ class Gossip:
         self.topology = graph
         nbytes = self._flat.size * _native.WIRE_ITEMSIZE[wire]
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
-        self._mailboxes = Mailboxes(comm, courier, graph.in_edges, nbytes)
+        self._mailboxes = Mailboxes(comm, courier, graph, nbytes)
         self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
         self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank))
         self.outboxes = self._mailboxes.outboxes

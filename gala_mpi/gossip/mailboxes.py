@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from gala_mpi.gossip import background
 from gala_mpi.gossip.background import BackgroundInbox, BackgroundOutbox
@@ -14,60 +14,78 @@ from gala_mpi.mpi.window import Window
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
-    InEdges = Sequence[Sequence[int]]
+
+class Graph(Protocol):
+    """Who sends to whom, asked for one rank at a time; the same on all ranks. A Topology is one."""
+
+    def in_neighbours(self, rank: int) -> Sequence[int]:
+        """Ranks that send to `rank`, ascending."""
+
+    def out_neighbours(self, rank: int) -> Sequence[int]:
+        """Ranks that `rank` sends to, ascending."""
 
 
 class Mailboxes:
     """One mailbox of `nbytes` for each edge of the graph. Making and freeing it are collective.
 
-    `in_edges[r]` lists the ranks that send to rank r. `inboxes` has this rank's receiving end for each of its
-    in-neighbours, in their order; `outboxes` its sending end for each of its out-neighbours, ascending. Those between
-    ranks that share memory lie in a window of their node, all others in one over all ranks.
+    `inboxes` has this rank's receiving end for each of its in-neighbours, in their order; `outboxes` its sending end
+    for each of its out-neighbours, ascending. Those between ranks that share memory lie in a window of their node, all
+    others in one over all ranks. A rank computes the places of its own edges alone: from its neighbours' neighbours, so
+    that all of it grows with the square of the degree at most, and not with the number of ranks.
     """
 
-    def __init__(self, comm: Intracomm, courier: Courier, in_edges: InEdges, nbytes: int) -> None:
-        self._rank, self._nbytes, self._courier = comm.rank, nbytes, courier
+    def __init__(self, comm: Intracomm, courier: Courier, graph: Graph, nbytes: int) -> None:
+        self._rank, self._nbytes, self._courier, self._graph = comm.rank, nbytes, courier, graph
         self._windows: list[Window] = []
         self.inboxes: dict[int, Inbox | BackgroundInbox] = {}
         self.outboxes: dict[int, Delivery] = {}
-        # What is collective is agreed on without a message: all ranks know all edges.
-        near = _chosen(in_edges, courier.near)
-        far = _chosen(in_edges, lambda source, target: not courier.near(source, target))
-        if any(near):
+        near, far = self._some_are(comm, near=True), self._some_are(comm, near=False)
+        if near:
             node = cast("Intracomm", comm.Split(courier.leaders[comm.rank], comm.rank))
-            self._open(node, near, courier.node_rank, shared=True)
+            self._open(node, courier.node_rank, near=True)
             node.Free()
-        if any(far) and courier.needed:
-            self._open_background(comm, far)
-        elif any(far):
-            self._open(comm, far, lambda rank: rank, shared=False)
-        self.inboxes = {source: self.inboxes[source] for source in in_edges[comm.rank]}
+        if far and courier.needed:
+            self._open_background(comm)
+        elif far:
+            self._open(comm, lambda rank: rank, near=False)
+        self.inboxes = {source: self.inboxes[source] for source in graph.in_neighbours(comm.rank)}
         self.outboxes = dict(sorted(self.outboxes.items()))
         # An inbox sets its control word: no sender may be there before.
         comm.Barrier()
 
-    def _open(self, comm: Intracomm, in_edges: InEdges, number: Callable[[int], int], *, shared: bool) -> None:
+    def _some_are(self, comm: Intracomm, *, near: bool) -> bool:
+        """Whether any rank has such an edge. Collective."""
+        return bool(comm.allreduce(len(self._sources(comm.rank, near=near))))
+
+    def _sources(self, rank: int, *, near: bool) -> list[int]:
+        return [source for source in self._graph.in_neighbours(rank) if self._courier.near(source, rank) == near]
+
+    def _targets(self, rank: int, *, near: bool) -> list[int]:
+        return [target for target in self._graph.out_neighbours(rank) if self._courier.near(rank, target) == near]
+
+    def _open(self, comm: Intracomm, number: Callable[[int], int], *, near: bool) -> None:
         """Mailboxes that the learner itself writes, in a window over `comm`, where a rank has that number."""
 
-        def places(target: int) -> dict[int, Place]:
-            found, _ = lay_out([self._nbytes] * len(in_edges[target]))
-            return dict(zip(in_edges[target], found, strict=True))
+        def places(target: int) -> tuple[dict[int, Place], int]:
+            sources = self._sources(target, near=near)
+            found, total = lay_out([self._nbytes] * len(sources))
+            return dict(zip(sources, found, strict=True)), total
 
-        _, total_bytes = lay_out([self._nbytes] * len(in_edges[self._rank]))
-        window = Window(comm, total_bytes, shared=shared)
+        own, total_bytes = places(self._rank)
+        window = Window(comm, total_bytes, shared=near)
         self._windows.append(window)
-        for source, place in places(self._rank).items():
+        for source, place in own.items():
             self.inboxes[source] = Inbox(window, place)
-        for target in _targets(in_edges, self._rank):
-            self.outboxes[target] = Outbox(window, number(target), places(target)[self._rank])
+        for target in self._targets(self._rank, near=near):
+            self.outboxes[target] = Outbox(window, number(target), places(target)[0][self._rank])
 
-    def _open_background(self, comm: Intracomm, in_edges: InEdges) -> None:
+    def _open_background(self, comm: Intracomm) -> None:
         """Mailboxes that the courier carries."""
 
         def places(rank: int) -> tuple[dict[int, int], dict[int, int], int]:
-            targets = _targets(in_edges, rank)
-            slots, answers, total = background.lay_out([self._nbytes] * len(in_edges[rank]), len(targets))
-            return dict(zip(in_edges[rank], slots, strict=True)), dict(zip(targets, answers, strict=True)), total
+            sources, targets = self._sources(rank, near=False), self._targets(rank, near=False)
+            slots, answers, total = background.lay_out([self._nbytes] * len(sources), len(targets))
+            return dict(zip(sources, slots, strict=True)), dict(zip(targets, answers, strict=True)), total
 
         slots, answers, total_bytes = places(self._rank)
         window = Window(comm, total_bytes)
@@ -83,13 +101,3 @@ class Mailboxes:
         """Free the windows. Collective; views of messages must be gone."""
         for window in self._windows:
             window.free()
-
-
-def _chosen(in_edges: InEdges, chooses: Callable[[int, int], bool]) -> list[list[int]]:
-    """The chosen edges of the graph."""
-    return [[source for source in sources if chooses(source, target)] for target, sources in enumerate(in_edges)]
-
-
-def _targets(in_edges: InEdges, rank: int) -> list[int]:
-    """To whom the rank sends, ascending."""
-    return [target for target, sources in enumerate(in_edges) if rank in sources]

@@ -13,14 +13,16 @@ the same has one round.
     bidirectional-ring    r -> r - 1 and r + 1
     exponential           r -> r + 2^k for every 2^k < N
     one-peer-exponential  r -> r + 2^k, with k = 0, 1, ... in turn: one message an update
-    base-2, -3, -4        at most 1, 2 or 3 peers an update; after one period the exact mean, for every N; `base_graph`
+    base-2                at most one peer an update; after one period the exact mean, for every N; `base_graph`
+    base-3                the same, of at most two peers
+    base-4                the same, of at most three peers
     hypercube             r -> r with one bit changed; N is a power of two
     torus                 the four neighbours on the most nearly square grid of N ranks, row by row. Edges that
                           coincide on a side of two are one; on a grid of one row it is a bidirectional ring
     star                  every rank <-> rank 0, the hub
     complete              everyone -> everyone
     hierarchical          one-peer exponential inside a node, and over the nodes; `hierarchy`
-    auto                  one of these, by the number of ranks and their placement; `chosen`
+    auto                  one of the others, by the number of ranks and their placement; `chosen`
 
 A name that is none of these and is the path of a file is read as an edge list (`edge_list`).
 """

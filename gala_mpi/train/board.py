@@ -26,7 +26,6 @@ import numpy as np
 from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.mailbox import lay_out
 from gala_mpi.gossip.mailboxes import Mailboxes
-from gala_mpi.gossip.topology import make_topology
 from gala_mpi.learning.environments import Episode
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class Board:
         self._copy = np.zeros(1, _copy_type(comm.size))
         self._rows, self._recent = self._copy["rows"][0], self._copy["recent"][0]
         self._mine = self._rows[comm.rank : comm.rank + 1]
-        self._mailboxes = Mailboxes(comm, courier, _both_ways(comm.size), self._copy.nbytes)
+        self._mailboxes = Mailboxes(comm, courier, _BothWays(comm.size), self._copy.nbytes)
         self._heard_at_s = np.full(comm.size, math.inf)
         self._lost = np.zeros(comm.size, bool)
         self._told_at_s = 0.0
@@ -226,14 +225,22 @@ class Board:
 def board_bytes(size: int) -> int:
     """Size of the windows that a rank's board needs, in bytes; the same for all ranks but the last few, at most."""
     nbytes = _copy_type(size).itemsize
-    return max(lay_out([nbytes] * len(sources))[1] for sources in _both_ways(size))
+    graph = _BothWays(size)
+    return max(lay_out([nbytes] * len(graph.in_neighbours(rank)))[1] for rank in range(size))
 
 
 def _copy_type(size: int) -> np.dtype[np.void]:
     return np.dtype([("rows", ROW, (size,)), ("recent", RECENT, (RECENT_EPISODES,))])
 
 
-def _both_ways(size: int) -> list[list[int]]:
-    """In-neighbours of each rank: r - 2^k and r + 2^k. The survivors of a dead node still hear each other."""
-    graph = make_topology("exponential", size)
-    return [sorted({*graph.in_neighbours(rank), *graph.out_neighbours(rank)}) for rank in range(size)]
+class _BothWays:
+    """An exponential graph of both directions. The survivors of a dead node still hear each other."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def in_neighbours(self, rank: int) -> list[int]:
+        steps = [1 << bit for bit in range((self._size - 1).bit_length())]
+        return sorted({(rank + sign * step) % self._size for step in steps for sign in (-1, 1)} - {rank})
+
+    out_neighbours = in_neighbours

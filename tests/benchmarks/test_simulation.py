@@ -53,7 +53,7 @@ def test_all_ranks_of_an_allreduce_wait_for_the_slowest() -> None:
 
 def test_the_network() -> None:
     network = Network(latency_s=1e-6, bytes_per_s=1e9)
-    assert network.message_s(10**6) == pytest.approx(1e-3 + 4e-6)
+    assert network.message_s(10**6) == pytest.approx(1e-3 + 2e-6)
     assert network.allreduce_s(1, 10**6) == 0
     assert network.allreduce_s(8, 10**6) == pytest.approx(6e-6 + 2 * 7 / 8 * 1e-3)
 

@@ -1,4 +1,4 @@
-"""The protocol between nodes keeps its promises in whatever order words land, and breaks some once a step is left out."""
+"""The protocol between nodes keeps its promises in whatever order words land, and breaks some without any one step."""
 
 from collections.abc import Callable
 

@@ -205,6 +205,5 @@ BROKEN_BACKGROUND_OUTBOXES = {
 }
 BROKEN_INBOXES = {kind.__name__: kind for kind in (ReadsInPlace,)}
 BROKEN_BACKGROUND_INBOXES = {
-    kind.__name__: kind
-    for kind in (GivesOutTheSlot, TakesWithoutACheck, TakesOlderOnesToo, AnswersBeforeItHasTaken)
+    kind.__name__: kind for kind in (GivesOutTheSlot, TakesWithoutACheck, TakesOlderOnesToo, AnswersBeforeItHasTaken)
 }

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class Put:
         # Some pieces, of words; few enough for all their orders to come.
         words = data.nbytes // WORD_BYTES
         cuts = sorted({0, words, *(network.rng.randrange(words + 1) for _ in range(3))})
-        self.pieces = [(a * WORD_BYTES, b * WORD_BYTES) for a, b in zip(cuts, cuts[1:], strict=False)]
+        self.pieces = [(a * WORD_BYTES, b * WORD_BYTES) for a, b in pairwise(cuts)]
 
     def land(self) -> None:
         """One piece lands."""
