@@ -24,7 +24,7 @@ from gala_mpi.doctor import libraries, placement
 from gala_mpi.doctor.findings import FAIL, OK, in_units
 from gala_mpi.doctor.peers import Watch
 from gala_mpi.exit_codes import EXIT_CONFIG
-from gala_mpi.gossip.topology import make_topology
+from gala_mpi.gossip.shared_topology import topology_on_all_ranks
 from gala_mpi.mpi.collective import on_all_ranks
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def run(args: Sequence[str], comm: Intracomm, watch: Watch) -> int:
 def _check(args: Sequence[str], comm: Intracomm) -> BenchOptions:
     """The options, if this many ranks can be measured with them. Raises UsageError."""
     options = parse(args)
-    make_topology(options.topology, comm.size)
     path = options.json
     if comm.rank == 0 and path is not None and path != Path("-"):
         with reaching("json", path):
@@ -148,7 +147,7 @@ def _preflight(options: BenchOptions, comm: Intracomm, library: str) -> list[pla
     from gala_mpi.gossip.mailbox import lay_out
 
     largest = 4 * max(options.parameters)
-    sources = make_topology(options.topology, comm.size).in_neighbours(comm.rank)
+    sources = topology_on_all_ranks(options.topology, comm).in_neighbours(comm.rank)
     need = lay_out([largest] * len(sources))[1] + lay_out([largest])[1]
     places: list[placement.Placed] = comm.allgather(placement.placed(platform.node(), os.environ))
     sharing = sum(place.node == places[comm.rank].node for place in places)

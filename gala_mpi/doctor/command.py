@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gala_mpi import arguments, output
-from gala_mpi.config import ConfigError, at_home
+from gala_mpi.config import ConfigError, UsageError, at_home
 from gala_mpi.doctor import libraries
 from gala_mpi.doctor.examination import Examination
 from gala_mpi.doctor.findings import as_json, as_text, failed, merge
+from gala_mpi.doctor.links import Edge
 from gala_mpi.doctor.peers import Peers, Watch
 from gala_mpi.exit_codes import EXIT_ERROR, EXIT_OK
-from gala_mpi.gossip.topology import make_topology
+from gala_mpi.gossip.topology import TOPOLOGIES, make_topology
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 DOCTOR_HELP = "Check MPI, nodes and file system, and say what to set: mpirun -n 4 gala-mpi doctor"
-VERDICT = 7
+# Beside those of the examination.
+VERDICT, EDGES = 7, 8
 # When even the thread of the watch cannot run, since a call inside a library holds Python's lock.
 LAST_RESORT_S = 5.0
 
@@ -93,13 +95,12 @@ def _deadline_s(args: Sequence[str]) -> float:
 def run(args: list[str], comm: Intracomm, watch: Watch) -> int:
     """Examine the job and report on rank 0; returns the exit code, the same on all ranks. All ranks call it."""
     options = parse(args)
-    graph = make_topology(options.topology, comm.size)
-    edges = [(origin, target) for origin in range(comm.size) for target in graph.out_neighbours(origin)]
     launched = libraries.launch(os.environ)
     if comm.size == 1 and launched.size > 1 and launched.rank:
         # A run of its own, though launched with others: the first of them speaks for all.
         return EXIT_ERROR
     peers = Peers(comm, watch)
+    edges = _edges(options, peers)
     examination = Examination(options.parameters, options.out, edges, peers)
     findings = merge(examination.findings())
     code: int = peers.tell_all(EXIT_ERROR if failed(findings) else EXIT_OK, VERDICT)
@@ -110,6 +111,25 @@ def run(args: list[str], comm: Intracomm, watch: Watch) -> int:
         _end_all(comm, watch)
     watch.doing = "ending MPI"
     return code
+
+
+def _edges(options: DoctorOptions, peers: Peers) -> list[Edge]:
+    """The links of the topology. Raises UsageError, on all ranks, if rank 0 cannot make it. All ranks call it."""
+    peers.watch.doing = f"reading --topology {options.topology}"
+    edges: list[Edge] = []
+    refusal = ""
+    # The others may not see a file of the user's.
+    if peers.comm.rank == 0 or options.topology in TOPOLOGIES:
+        try:
+            graph = make_topology(options.topology, peers.comm.size)
+            edges = [(origin, target) for origin in range(graph.size) for target in graph.out_neighbours(origin)]
+        except UsageError as error:
+            refusal = str(error)
+    if options.topology not in TOPOLOGIES:
+        edges, refusal = peers.tell_all((edges, refusal), EDGES)
+    if refusal:
+        raise UsageError(refusal)
+    return edges
 
 
 def _end_all(comm: Intracomm, watch: Watch) -> None:

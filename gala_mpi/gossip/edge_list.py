@@ -2,7 +2,8 @@
 
 Blank lines and what follows a `#` are left out. Either every edge has a weight or none has. Weights are what
 the target gives to the source's message; a target's own parameters keep the rest. Without weights a target
-gives 1 / (1 + in-degree) to each message and to itself. All of this is local: every rank reads the file.
+gives 1 / (1 + in-degree) to each message and to itself. All of this is local; of the ranks
+of a job one reads the file (`shared_topology`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from gala_mpi.gossip.gossip import DivergedError, ExchangeCounters, Gossip, shar
 from gala_mpi.gossip.mailbox import lay_out
 from gala_mpi.gossip.neighbours import InNeighbour
 from gala_mpi.gossip.parameters import FlatParameters
-from gala_mpi.gossip.topology import Topology, make_topology
+from gala_mpi.gossip.shared_topology import topology_on_all_ranks
+from gala_mpi.gossip.topology import Topology
 from gala_mpi.mpi.waiting import Watchdog
 from gala_mpi.mpi.window import node_leaders
 
@@ -180,5 +181,5 @@ def window_bytes(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intraco
     if config.exchange != "gossip":
         return 0
     nodes = [str(leader) for leader in node_leaders(comm)]
-    sources = make_topology(config.topology, comm.size, nodes).in_neighbours(comm.rank)
+    sources = topology_on_all_ranks(config.topology, comm, nodes).in_neighbours(comm.rank)
     return lay_out([flat.size * _native.WIRE_ITEMSIZE[config.wire]] * len(sources))[1]

@@ -41,7 +41,8 @@ from gala_mpi.gossip.mailbox import About, Message
 from gala_mpi.gossip.mailboxes import Mailboxes
 from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours, Taken
 from gala_mpi.gossip.parameters import FlatParameters
-from gala_mpi.gossip.topology import PLACED, Topology, make_topology
+from gala_mpi.gossip.shared_topology import known_here, told_by_rank_0
+from gala_mpi.gossip.topology import PLACED, TOPOLOGIES, Topology, make_topology
 from gala_mpi.mpi.collective import alike_on_all_ranks
 from gala_mpi.mpi.waiting import meet, wait_until
 
@@ -131,7 +132,8 @@ class Gossip:
             "delivery": delivery if isinstance(delivery, str) else "auto",
             "on_divergence": on_divergence,
         }
-        self._flat, graph = alike_on_all_ranks(comm, lambda: _prepare(model, topology, comm.size, options))
+        self._flat, known = alike_on_all_ranks(comm, lambda: _prepare(model, topology, comm, options))
+        graph = told_by_rank_0(topology, known, comm) if isinstance(topology, str) else topology
         # The training loop hands over flat parameters that nobody else changes.
         self._model = None if isinstance(model, FlatParameters) else model
         self._closed = False
@@ -398,9 +400,12 @@ def share_parameters(flat: FlatParameters, comm: Intracomm) -> None:
 
 
 def _prepare(
-    model: nn.Module | FlatParameters, topology: str | Topology, size: int, options: dict[str, object]
-) -> tuple[tuple[FlatParameters, Topology], dict[str, object]]:
-    """What is made of the arguments without a message, and the facts that all ranks must share. Raises ValueError."""
+    model: nn.Module | FlatParameters, topology: str | Topology, comm: Intracomm, options: dict[str, object]
+) -> tuple[tuple[FlatParameters, Topology | None], dict[str, object]]:
+    """What is made of the arguments without a message, and the facts that all ranks must share.
+
+    Raises ValueError, and ConfigError for a topology that is none. Local.
+    """
     for name, allowed in ALLOWED.items():
         if options[name] not in allowed:
             raise ValueError(f"{name}: {options[name]!r} cannot be used; expected one of {', '.join(allowed)}")
@@ -409,15 +414,16 @@ def _prepare(
         raise ValueError(f"max_staleness: {staleness!r} cannot be used; expected None or an integer of at least 0")
     if not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
         raise ValueError(f"neighbour_timeout_s: {timeout_s!r} cannot be used; expected a number above 0")
-    graph = make_topology(topology, size) if isinstance(topology, str) else topology
-    if graph.size != size:
-        raise ValueError(f"topology: {graph.name!r} is one of {graph.size} ranks; expected one of {size}")
+    graph = known_here(topology, comm) if isinstance(topology, str) else topology
+    if graph is not None and graph.size != comm.size:
+        raise ValueError(f"topology: {graph.name!r} is one of {graph.size} ranks; expected one of {comm.size}")
+    told = isinstance(topology, str) and topology not in TOPOLOGIES
     flat = model if isinstance(model, FlatParameters) else FlatParameters(model, gradients=False)
     facts = {
         "the number of trained parameters": flat.size,
         "the layout of the model's parameters (digest)": _digest(flat.layout),
-        "topology": graph.name,
-        "the edges of the topology (digest)": graph.digest,
+        "topology": topology if isinstance(topology, str) else topology.name,
+        "the edges of the topology (digest)": "as rank 0 reads them" if told or graph is None else graph.digest,
     }
     return (flat, graph), facts | options
 

@@ -221,11 +221,15 @@ def make_topology(name: str, size: int, nodes: Sequence[str] | None = None) -> T
     with reaching("topology", name):
         is_file = path.is_file()
     if is_file:
-        in_weights = read_edge_list(path, size)
-        return Topology(name, size, table(in_weights), _digest(repr(in_weights)))
+        return with_edges(name, read_edge_list(path, size))
     raise ConfigError(
         "topology", name, f"one of {', '.join(TOPOLOGIES)}, or the path of an edge list (there is no such file)"
     )
+
+
+def with_edges(name: str, in_weights: Sequence[Weights]) -> Topology:
+    """A graph of which all edges are known, as a file has them: `in_weights[target][source]`. Local."""
+    return Topology(name, len(in_weights), table(in_weights), _digest(repr(in_weights)))
 
 
 def _digest(text: str) -> str:
