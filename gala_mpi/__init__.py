@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gala_mpi.gossip.gossip import DivergedError, Gossip
     from gala_mpi.gossip.topology import Topology, make_topology
     from gala_mpi.mpi.collective import DisagreementError
+    from gala_mpi.mpi.room import NoRoomError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DisagreementError",
     "DivergedError",
     "Gossip",
+    "NoRoomError",
     "Topology",
     "__version__",
     "make_topology",
@@ -32,6 +34,7 @@ _HOME = {
     "DisagreementError": "mpi.collective",
     "DivergedError": "gossip.gossip",
     "Gossip": "gossip.gossip",
+    "NoRoomError": "mpi.room",
     "Topology": "gossip.topology",
     "make_topology": "gossip.topology",
 }

@@ -213,10 +213,11 @@ def _look_ahead(command: str) -> None:
     """Say what MPI will not get over as it starts: it would end without a word of the reason, or never."""
     # Not at the top: help and version need none of it.
     from gala_mpi.doctor import libraries, storage
+    from gala_mpi.mpi.room import SHARED_MEMORY, room
 
     launched = libraries.launch(os.environ)
     here = libraries.ranks_here(launched, os.environ)
-    small = storage.too_small_to_start(storage.room(storage.SHARED_MEMORY), here)
+    small = storage.too_small_to_start(room(SHARED_MEMORY), here)
     barred = "" if launched.launcher else storage.way_barred(os.getpid())
     for warning in filter(None, (small, barred)):
         if libraries.speaks_for_node(launched, os.environ):

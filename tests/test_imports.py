@@ -13,7 +13,8 @@ import gala_mpi
 
 PACKAGE = Path(__file__).resolve().parent.parent / "gala_mpi"
 # The ground: modules beside the packages, which all packages may import. `cli` stands above all of them.
-GROUND = {"_native", "arguments", "config", "exit_codes", "files", "output", "settings", "stopwatch", "user_code"}
+GROUND = {"_native", "arguments", "config", "exit_codes", "files", "output", "settings", "stopwatch", "units"}
+GROUND |= {"user_code"}
 TOP = {"__main__", "cli"}
 # What each package may import, beside the ground and itself; a module stands for itself alone.
 BELOW = {

@@ -21,11 +21,12 @@ from gala_mpi import __version__, arguments, output
 from gala_mpi.bench.costs import DELIVERY, GLOO, PACK, Costs
 from gala_mpi.config import ConfigError, UsageError, at_home, reaching
 from gala_mpi.doctor import libraries, placement
-from gala_mpi.doctor.findings import FAIL, OK, in_units
+from gala_mpi.doctor.findings import FAIL, OK
 from gala_mpi.doctor.peers import Watch
 from gala_mpi.exit_codes import EXIT_CONFIG
 from gala_mpi.gossip.shared_topology import topology_on_all_ranks
 from gala_mpi.mpi.collective import on_all_ranks
+from gala_mpi.units import in_units
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

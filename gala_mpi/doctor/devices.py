@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding
-from gala_mpi.doctor.libraries import CUDA, family
+from gala_mpi.doctor.libraries import CUDA
+from gala_mpi.mpi.library import family
 
 
 def devices(ranks: tuple[int, ...], library: str) -> list[Finding]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from gala_mpi.doctor import devices, libraries, links, placement, storage, verdicts
 from gala_mpi.doctor.findings import OK, WARN, Finding, merge
 from gala_mpi.doctor.peers import Peers
+from gala_mpi.mpi.room import place_of_windows, room
 
 PACKAGES = ("gala-mpi", "torch", "mpi4py", "h5py", "numpy", "ale-py")
 FACTS, PLAN, CHECKED, ROUNDS, MEASURED = range(1, 6)
@@ -97,7 +98,8 @@ class Examination:
             ranks = plan.ranks_of(node)
             watch.doing = f"looking at /dev/shm and the GPUs of {node}"
             need = sum(need_bytes(self._parameters, self._edges, ranks))
-            found.append(storage.shared_memory(storage.room(storage.SHARED_MEMORY), need, ranks, library))
+            place = place_of_windows(library, os.environ)
+            found.append(storage.shared_memory(room(place), need, ranks, library, place))
             found += devices.devices(ranks, library)
             watch.doing = f"writing to {self._out} on {node}"
             found += [storage.output_room(self._out, ranks), storage.hdf5(self._out, ranks)]

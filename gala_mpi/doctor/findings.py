@@ -88,12 +88,3 @@ def spans(ranks: Sequence[int]) -> str:
             runs.append([rank, rank])
     text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
     return f"rank{'s' if len(ranks) != 1 else ''} {text}"
-
-
-def in_units(nbytes: float) -> str:
-    """A number of bytes for people: "64 MB", "1.2 TB"."""
-    size, units = float(nbytes), ["bytes", "kB", "MB", "GB", "TB", "PB"]
-    while size >= 999.5 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.2g} {units[0]}" if size < 99.5 else f"{size:,.0f} {units[0]}"

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding
-
-# Order matters: the libraries made from MPICH name it too.
-FAMILIES = (("Open MPI", "openmpi"), ("CRAY", "cray"), ("Intel", "intel"), ("MVAPICH", "mvapich"), ("MPICH", "mpich"))
+from gala_mpi.mpi.library import family
 
 # A launcher's variables for the number of ranks and the rank. Slurm's come last: they are inherited by what
 # another launcher starts inside an allocation.
@@ -67,11 +65,6 @@ class Launch:
     launcher: str = ""
     size: int = 1
     rank: int | None = None
-
-
-def family(library: str) -> str:
-    """The family of an MPI library's version string."""
-    return next((name for mark, name in FAMILIES if mark in library), "other")
 
 
 def launch(environ: Mapping[str, str]) -> Launch:

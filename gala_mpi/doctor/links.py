@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gala_mpi.doctor.findings import Finding, in_units
+from gala_mpi.doctor.findings import Finding
 from gala_mpi.doctor.peers import Peers
+from gala_mpi.units import in_units
 
 if TYPE_CHECKING:
     from gala_mpi.mpi.window import Window

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from gala_mpi.doctor.findings import FAIL, OK, Finding, merge
 from gala_mpi.doctor.libraries import launch, singletons, window_model
 from gala_mpi.doctor.placement import on_one_core, placed
-from gala_mpi.doctor.storage import SHARED_MEMORY, judge_room, room, shared_memory
+from gala_mpi.doctor.storage import judge_room, shared_memory
+from gala_mpi.mpi.room import place_of_windows, room
 from gala_mpi.mpi.window import WORD_BYTES, Window
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def ruinous(comm: Intracomm, nbytes_needed_per_rank: int, out: Path | None, libr
     fixes exact.
     """
     here = placed(platform.node(), os.environ)
-    found = room(SHARED_MEMORY)
+    of_windows = place_of_windows(library, os.environ)
+    found = room(of_windows)
     # Path's own is_dir raises where a folder above may not be entered.
     shown = out is None or os.path.isdir(out)  # noqa: PTH112
     facts = comm.allgather((here, found, nbytes_needed_per_rank, shown, out and room(out)))
@@ -35,7 +37,7 @@ def ruinous(comm: Intracomm, nbytes_needed_per_rank: int, out: Path | None, libr
     for node in dict.fromkeys(place.node for place in places):
         ranks = tuple(rank for rank, place in enumerate(places) if place.node == node)
         need = sum(facts[rank][2] for rank in ranks)
-        findings.append(shared_memory(facts[ranks[0]][1], need, ranks, library))
+        findings.append(shared_memory(facts[ranks[0]][1], need, ranks, library, of_windows))
         if not all(facts[rank][3] for rank in ranks):
             findings.append(_hidden(out, ranks))
         elif out is not None:

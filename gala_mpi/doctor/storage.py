@@ -12,15 +12,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding, in_units
-from gala_mpi.doctor.libraries import family
+from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding
+from gala_mpi.mpi.room import SHARED_MEMORY, TIGHT, Room, enlarge, in_words, room
+from gala_mpi.units import in_units
 
-SHARED_MEMORY = Path("/dev/shm")
-# Beyond this share of what is free, other users of /dev/shm (MPI's own queues, torch) may not find room.
-TIGHT = 0.8
 # What MPI's own queues take there for each rank: 5 MB were seen with MPICH, which crashes without them.
 QUEUES_BYTES = 8_000_000
 SCARCE_BYTES = 1e9
@@ -31,39 +28,21 @@ ROWS = 100
 APPEARS_WITHIN_S = 3.0
 
 
-@dataclass(frozen=True)
-class Room:
-    """Bytes of a file system: in all, and free for this user."""
-
-    total: int
-    free: int
-
-
-def room(path: Path) -> Room | None:
-    """The room of the file system at `path`; None if there is none. Local."""
-    try:
-        stat = os.statvfs(path)
-    except OSError:
-        return None
-    return Room(stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize)
-
-
-def shared_memory(found: Room | None, need: int, ranks: tuple[int, ...], library: str) -> Finding:
-    """Whether the windows of a node's `ranks`, `need` bytes together, fit into its /dev/shm."""
+def shared_memory(
+    found: Room | None, need: int, ranks: tuple[int, ...], library: str, place: Path = SHARED_MEMORY
+) -> Finding:
+    """Whether the windows of a node's `ranks`, `need` bytes together, fit into their place."""
     if len(ranks) == 1:
-        return Finding("memory.shm", OK, "one rank on the node: no window in /dev/shm", "", {}, ranks)
+        return Finding("memory.shm", OK, f"one rank on the node: no window in {place}", "", {}, ranks)
+    values = {"need_bytes": need}
+    message, fix = in_words(found, need, place), enlarge(found, need, library)
     if found is None:
-        return Finding(
-            "memory.shm", FAIL, "there is no /dev/shm", _enlarge(need, 0, library), {"need_bytes": need}, ranks
-        )
-    values = {"need_bytes": need, "free_bytes": found.free, "total_bytes": found.total}
-    message = f"the windows need {in_units(need)} of /dev/shm, {in_units(found.free)} of {in_units(found.total)} free"
+        return Finding("memory.shm", FAIL, message, fix, values, ranks)
+    values |= {"free_bytes": found.free, "total_bytes": found.total}
     if need > found.free:
-        return Finding("memory.shm", FAIL, message, _enlarge(need, found.total - found.free, library), values, ranks)
+        return Finding("memory.shm", FAIL, message, fix, values, ranks)
     if need > TIGHT * found.free:
-        return Finding(
-            "memory.shm", WARN, f"{message}: tight", _enlarge(need, found.total - found.free, library), values, ranks
-        )
+        return Finding("memory.shm", WARN, f"{message}: tight", fix, values, ranks)
     return Finding("memory.shm", OK, message, "", values, ranks)
 
 
@@ -73,7 +52,7 @@ def too_small_to_start(found: Room | None, ranks: int) -> str:
     if ranks == 1 or found is None or found.free >= need:
         return ""
     free = f"{in_units(found.free)} of {in_units(found.total)} of /dev/shm are free"
-    return f"{free}: MPI may crash as it starts {ranks} ranks; fix: {_enlarge(need, found.total - found.free, '')}"
+    return f"{free}: MPI may crash as it starts {ranks} ranks; fix: {enlarge(found, need, '')}"
 
 
 def way_barred(pid: int) -> str:
@@ -99,15 +78,6 @@ def _owner(path: Path) -> str:
         return path.owner()
     except (OSError, KeyError):
         return "another user"
-
-
-def _enlarge(need: int, used: int, library: str) -> str:
-    """How to make room for `need` bytes beside what is `used` already, by MPI's own queues among others."""
-    size = f"{-(-int(used + need / TIGHT) // 2**20)}m"
-    fix = f"docker run --shm-size={size} (or --ipc=host); as root: mount -o remount,size={size} /dev/shm"
-    if family(library) == "openmpi":
-        fix += "; or a local disk: export OMPI_MCA_osc_sm_backing_directory=/tmp"
-    return f"{fix}; or fewer ranks a node"
 
 
 def anchor(out: Path) -> Path:

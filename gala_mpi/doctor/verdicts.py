@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding
-from gala_mpi.doctor.libraries import family
 from gala_mpi.doctor.links import PAYLOAD_BYTES, Edge, Link
+from gala_mpi.mpi.library import family
 
 # A rank makes an update in about this time; messages that take longer come in less often than they are made.
 SLOW_PUT_S = 0.1

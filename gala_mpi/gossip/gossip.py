@@ -44,6 +44,7 @@ from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.gossip.shared_topology import known_here, told_by_rank_0
 from gala_mpi.gossip.topology import PLACED, TOPOLOGIES, Topology, make_topology
 from gala_mpi.mpi.collective import alike_on_all_ranks
+from gala_mpi.mpi.room import NoRoomError
 from gala_mpi.mpi.waiting import meet, wait_until
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class Gossip:
     called again and again while a step waits for messages; it must not wait itself.
 
     Raises DisagreementError (a ValueError), on all ranks, if one of them was given a model or an option that cannot
-    be used, or another one than rank 0.
+    be used, or another one than rank 0. Raises NoRoomError (a MemoryError), on all ranks, if the shared memory of some
+    node has no room for the mailboxes of its ranks.
     """
 
     synchronous = False
@@ -153,10 +155,20 @@ class Gossip:
         self.topology = graph
         nbytes = self._flat.size * _native.WIRE_ITEMSIZE[wire]
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
-        self._mailboxes = Mailboxes(comm, courier, graph, nbytes)
+        self._mailboxes = self._make_mailboxes(comm, graph, nbytes)
         self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
         self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank))
         self.outboxes = self._mailboxes.outboxes
+
+    def _make_mailboxes(self, comm: Intracomm, graph: Topology, nbytes: int) -> Mailboxes:
+        """The windows; where there is no room for them nothing is left behind. Collective."""
+        try:
+            return Mailboxes(comm, self._courier, graph, nbytes)
+        except NoRoomError:
+            # Raised on all ranks.
+            if self._own_courier is not None:
+                self._own_courier.free()
+            raise
 
     @property
     def ways(self) -> dict[int, str]:

@@ -9,7 +9,8 @@ from gala_mpi.gossip import background
 from gala_mpi.gossip.background import BackgroundInbox, BackgroundOutbox
 from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.mailbox import Delivery, Inbox, Outbox, Place, lay_out
-from gala_mpi.mpi.window import Window
+from gala_mpi.mpi.room import ask_for_room
+from gala_mpi.mpi.window import PAGE_BYTES, Window
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -32,6 +33,8 @@ class Mailboxes:
     for each of its out-neighbours, ascending. Those between ranks that share memory lie in a window of their node, all
     others in one over all ranks. A rank computes the places of its own edges alone: from its neighbours' neighbours, so
     that all of it grows with the square of the degree at most, and not with the number of ranks.
+
+    Raises NoRoomError, on all ranks, if some node has not the memory for it.
     """
 
     def __init__(self, comm: Intracomm, courier: Courier, graph: Graph, nbytes: int) -> None:
@@ -40,6 +43,9 @@ class Mailboxes:
         self.inboxes: dict[int, Inbox | BackgroundInbox] = {}
         self.outboxes: dict[int, Delivery] = {}
         near, far = self._some_are(comm, near=True), self._some_are(comm, near=False)
+        far_bytes = self._background_places(comm.rank)[2] if courier.needed else self._places(comm.rank, near=False)[1]
+        # A window has a page more than it is asked for.
+        ask_for_room(comm, courier.leaders, self._places(comm.rank, near=True)[1] + far_bytes + 2 * PAGE_BYTES)
         if near:
             node = cast("Intracomm", comm.Split(courier.leaders[comm.rank], comm.rank))
             self._open(node, courier.node_rank, near=True)
@@ -63,38 +69,40 @@ class Mailboxes:
     def _targets(self, rank: int, *, near: bool) -> list[int]:
         return [target for target in self._graph.out_neighbours(rank) if self._courier.near(rank, target) == near]
 
+    def _places(self, rank: int, *, near: bool) -> tuple[dict[int, Place], int]:
+        """Where the mailboxes of a rank's in-neighbours lie in its window, if none is carried; and the bytes in all."""
+        sources = self._sources(rank, near=near)
+        found, total_bytes = lay_out([self._nbytes] * len(sources))
+        return dict(zip(sources, found, strict=True)), total_bytes
+
+    def _background_places(self, rank: int) -> tuple[dict[int, int], dict[int, int], int]:
+        """Where slots of in-neighbours and answers of out-neighbours lie in a rank's window; and the bytes in all."""
+        sources, targets = self._sources(rank, near=False), self._targets(rank, near=False)
+        slots, answers, total_bytes = background.lay_out([self._nbytes] * len(sources), len(targets))
+        return dict(zip(sources, slots, strict=True)), dict(zip(targets, answers, strict=True)), total_bytes
+
     def _open(self, comm: Intracomm, number: Callable[[int], int], *, near: bool) -> None:
         """Mailboxes that the learner itself writes, in a window over `comm`, where a rank has that number."""
-
-        def places(target: int) -> tuple[dict[int, Place], int]:
-            sources = self._sources(target, near=near)
-            found, total = lay_out([self._nbytes] * len(sources))
-            return dict(zip(sources, found, strict=True)), total
-
-        own, total_bytes = places(self._rank)
+        places, total_bytes = self._places(self._rank, near=near)
         window = Window(comm, total_bytes, shared=near)
         self._windows.append(window)
-        for source, place in own.items():
+        for source, place in places.items():
             self.inboxes[source] = Inbox(window, place)
         for target in self._targets(self._rank, near=near):
-            self.outboxes[target] = Outbox(window, number(target), places(target)[0][self._rank])
+            self.outboxes[target] = Outbox(window, number(target), self._places(target, near=near)[0][self._rank])
 
     def _open_background(self, comm: Intracomm) -> None:
         """Mailboxes that the courier carries."""
-
-        def places(rank: int) -> tuple[dict[int, int], dict[int, int], int]:
-            sources, targets = self._sources(rank, near=False), self._targets(rank, near=False)
-            slots, answers, total = background.lay_out([self._nbytes] * len(sources), len(targets))
-            return dict(zip(sources, slots, strict=True)), dict(zip(targets, answers, strict=True)), total
-
-        slots, answers, total_bytes = places(self._rank)
+        slots, answers, total_bytes = self._background_places(self._rank)
         window = Window(comm, total_bytes)
         self._windows.append(window)
         for source, slot in slots.items():
-            inbox = BackgroundInbox(window, source, slot, places(source)[1][self._rank], self._nbytes)
+            answer = self._background_places(source)[1][self._rank]
+            inbox = BackgroundInbox(window, source, slot, answer, self._nbytes)
             self.inboxes[source] = self._courier.add(inbox, source)
         for target, answer in answers.items():
-            outbox = BackgroundOutbox(window, target, places(target)[0][self._rank], answer, self._nbytes)
+            slot = self._background_places(target)[0][self._rank]
+            outbox = BackgroundOutbox(window, target, slot, answer, self._nbytes)
             self.outboxes[target] = self._courier.add(outbox, target)
 
     def free(self) -> None:

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 
 from gala_mpi.doctor import command as doctor
 from gala_mpi.doctor import devices, examination, libraries, links, placement, storage, verdicts
-from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding, as_json, as_text, failed, in_units, merge, spans
+from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding, as_json, as_text, failed, merge, spans
+from gala_mpi.mpi.library import family as family_of
+from gala_mpi.mpi.room import Room
+from gala_mpi.units import in_units
 
 MPICH, OPENMPI = "MPICH Version: 5.0.2", "Open MPI v5.0.11, package: ..."
 SRUN = libraries.Launch("srun", 4, 0)
@@ -71,7 +74,7 @@ def test_numbers_for_people() -> None:
     ],
 )
 def test_the_family_of_a_library(library: str, family: str) -> None:
-    assert libraries.family(library) == family
+    assert family_of(library) == family
 
 
 @pytest.mark.parametrize(
@@ -204,17 +207,17 @@ def test_this_process_knows_its_cores() -> None:
 
 @pytest.mark.parametrize(("need", "status"), [(0, OK), (799, OK), (900, WARN), (1000, WARN), (1001, FAIL)])
 def test_windows_must_fit_into_shared_memory(need: int, status: str) -> None:
-    finding = storage.shared_memory(storage.Room(5000, 1000), need, (0, 1), MPICH)
+    finding = storage.shared_memory(Room(5000, 1000), need, (0, 1), MPICH)
     assert finding.status == status
     assert finding.values == {"need_bytes": need, "free_bytes": 1000, "total_bytes": 5000}
 
 
 def test_the_fix_for_shared_memory_makes_room_beside_what_is_used() -> None:
     mib = 2**20
-    finding = storage.shared_memory(storage.Room(64 * mib, 44 * mib), 80 * mib, (0, 1), OPENMPI)
+    finding = storage.shared_memory(Room(64 * mib, 44 * mib), 80 * mib, (0, 1), OPENMPI)
     assert "docker run --shm-size=120m" in finding.fix and "OMPI_MCA_osc_sm_backing_directory" in finding.fix
     assert "OMPI" not in storage.shared_memory(None, 1, (0, 1), MPICH).fix
-    assert storage.shared_memory(storage.Room(0, 0), 10**9, (5,), MPICH).status == OK, "a rank alone shares nothing"
+    assert storage.shared_memory(Room(0, 0), 10**9, (5,), MPICH).status == OK, "a rank alone shares nothing"
 
 
 MOUNTS = r"""proc /proc proc rw 0 0
@@ -240,8 +243,8 @@ def test_the_file_system_of_a_path(path: str, kind: str) -> None:
 
 
 def test_mpi_itself_needs_shared_memory() -> None:
-    room = storage.Room(64 * 10**6, 60 * 10**6)
-    assert storage.too_small_to_start(room, 7) == "" == storage.too_small_to_start(storage.Room(1, 1), 1)
+    room = Room(64 * 10**6, 60 * 10**6)
+    assert storage.too_small_to_start(room, 7) == "" == storage.too_small_to_start(Room(1, 1), 1)
     assert "MPI may crash as it starts 8 ranks" in storage.too_small_to_start(room, 8)
     found = libraries.Launch("srun", 32, 0)
     assert libraries.ranks_here(found, {}) == 32
@@ -266,7 +269,7 @@ def test_what_a_killed_run_left_under_this_process_number_is_removed_or_told(
 
 def test_a_full_or_a_fleeting_file_system_is_told() -> None:
     def status(kind: str, free: float) -> str:
-        return storage.judge_room("runs", kind, storage.Room(10**13, int(free)), (0,)).status
+        return storage.judge_room("runs", kind, Room(10**13, int(free)), (0,)).status
 
     assert [status("lustre", 1e12), status("ext4", 1e8), status("tmpfs", 1e12)] == [OK, WARN, WARN]
     assert storage.judge_room("runs", "unknown", None, (0,)).status == FAIL
@@ -391,10 +394,10 @@ def test_what_is_not_measured_is_told() -> None:
 
 def test_no_window_is_made_where_it_would_not_fit() -> None:
     def refusal(free: int) -> str:
-        return links.no_room([storage.shared_memory(storage.Room(free, free), 1, (0, 1), MPICH)])
+        return links.no_room([storage.shared_memory(Room(free, free), 1, (0, 1), MPICH)])
 
     assert refusal(10**9) == "" and "no room" in refusal(2 * links.PAYLOAD_BYTES)
-    assert links.no_room([storage.shared_memory(storage.Room(0, 0), 1, (0,), MPICH)]) == ""
+    assert links.no_room([storage.shared_memory(Room(0, 0), 1, (0,), MPICH)]) == ""
 
 
 def test_the_shortest_round_trip_says_how_far_a_clock_is() -> None:
