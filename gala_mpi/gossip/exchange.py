@@ -118,10 +118,10 @@ class AllReduce(NoExchange):
 
     synchronous = True
 
-    def __init__(self, flat: FlatParameters, comm: MPI.Intracomm, timeout_s: float) -> None:
+    def __init__(self, flat: FlatParameters, comm: MPI.Intracomm, timeout_s: float, watchdog: Watchdog) -> None:
         super().__init__(flat, comm)
         self._comm, self._timeout_s = comm, timeout_s
-        self._watchdog = Watchdog(f"[{comm.rank}/{comm.size}]")
+        self._watchdog = watchdog
         on_cpu = flat.data.device.type == "cpu"
         self._host = flat.grad_and_flag if on_cpu else torch.empty(flat.size + 1, pin_memory=True)
         self._wants_to_stop = self._all_stop = False
@@ -157,10 +157,11 @@ def make_exchange(
     comm: MPI.Intracomm,
     courier: Courier,
     while_waiting: Callable[[], None],
+    watchdog: Watchdog,
 ) -> Exchange:
     """The exchange that the configuration asks for. Collective."""
     if config.exchange == "allreduce":
-        return AllReduce(flat, comm, config.neighbour_timeout_s)
+        return AllReduce(flat, comm, config.neighbour_timeout_s, watchdog)
     if config.exchange == "none":
         return NoExchange(flat, comm)
     return Gossip(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gala_mpi import _native, output
@@ -53,6 +54,17 @@ def meet(comm: Intracomm, timeout_s: float) -> bool:
     return wait_until(comm.Ibarrier().Test, timeout_s)
 
 
+@dataclass(frozen=True)
+class _Limit:
+    """`deadline_s` is an instant of `_native.running_s`."""
+
+    deadline_s: float
+    complaint: str
+
+
+NO_LIMIT = _Limit(float("inf"), "")
+
+
 class Watchdog:
     """A deadline for calls that block inside MPI, where nothing else can be done any more: the process ends.
 
@@ -60,12 +72,16 @@ class Watchdog:
     when they block than when they are polled. Time for which the process was stopped does not count.
 
     Code that holds the interpreter's lock for ever (HDF5 on a file system that does not answer, a simulator in C) stops
-    the thread that watches, too: some seconds later one without Python ends the process. Limits do not nest.
+    the thread that watches, too: some seconds later one without Python ends the process. That one is alone in its
+    process, so a process has one watchdog.
+
+    Limits nest: of those that hold the nearest counts. All are set by one thread.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._deadline_s, self._complaint = float("inf"), ""
+        # Written whole by the thread that sets limits, and read by the one that watches.
+        self._limit = NO_LIMIT
         # It prints the stack of a process that ends by SIGABRT.
         faulthandler.enable(STDERR)
         # By this one exits from within C do so, see `user_code`.
@@ -75,23 +91,33 @@ class Watchdog:
 
     @contextmanager
     def limit(self, timeout_s: float, complaint: str) -> Iterator[None]:
-        """End the process with `complaint` if the block takes over `timeout_s` seconds."""
-        self._complaint = complaint
-        self._deadline_s = _native.running_s() + timeout_s
-        _native.watch(min(timeout_s + LOCKED_FOR_S, LONGEST_S), f"{self._name} error: {complaint}; {LOCKED}\n")
+        """End the process with `complaint` if the block takes over `timeout_s` seconds.
+
+        Within another limit that ends sooner, that one and its complaint hold.
+        """
+        outer = self._limit
+        self._arm(min(outer, _Limit(_native.running_s() + timeout_s, complaint), key=lambda limit: limit.deadline_s))
         try:
             yield
         finally:
-            self._deadline_s = float("inf")
+            self._arm(outer)
+
+    def _arm(self, limit: _Limit) -> None:
+        """Let this limit hold, in place of the one before."""
+        self._limit = limit
+        if limit is NO_LIMIT:
             _native.watch(0, "")
+            return
+        left_s = max(limit.deadline_s - _native.running_s(), 0.0) + LOCKED_FOR_S
+        _native.watch(min(left_s, LONGEST_S), f"{self._name} error: {limit.complaint}; {LOCKED}\n")
 
     def _watch(self) -> None:
-        while _native.running_s() < self._deadline_s:
+        while _native.running_s() < (limit := self._limit).deadline_s:
             time.sleep(WATCH_EVERY_S)
         # Nobody may read the words.
         _native.end_within(SPEAK_WITHIN_S)
         try:
-            output.complain(f"{self._name} error: {self._complaint}; every thread was here:")
+            output.complain(f"{self._name} error: {limit.complaint}; every thread was here:")
             faulthandler.dump_traceback(STDERR, all_threads=True)
         finally:
             END_OF_PROCESS(1)

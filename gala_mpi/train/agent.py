@@ -70,7 +70,7 @@ class Agent:
     def __init__(self, config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease, watchdog: Watchdog) -> None:
         self._config, self._comm, self._lease, self._watchdog = config, comm, lease, watchdog
         self._timeout_s = config.exchange.neighbour_timeout_s
-        rank = assemble(config, comm, info, lease)
+        rank = assemble(config, comm, info, lease, watchdog)
         self._simulators, self._courier, self._checkpointer = rank.simulators, rank.courier, rank.checkpointer
         self._recorder, self._metrics = rank.recorder, rank.metrics
         parts = rank.parts

@@ -20,6 +20,7 @@ from gala_mpi.learning.networks import Policy
 from gala_mpi.learning.rollout import Collector
 from gala_mpi.learning.stalls import StallWatch
 from gala_mpi.mpi.collective import on_all_ranks
+from gala_mpi.mpi.waiting import Watchdog
 from gala_mpi.stopwatch import Stopwatch
 from gala_mpi.storage.checkpoint import LARGEST_COUNT
 from gala_mpi.storage.lease import Lease
@@ -76,7 +77,7 @@ class Rank:
     zero_s: float
 
 
-def assemble(config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease) -> Rank:
+def assemble(config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease, watchdog: Watchdog) -> Rank:
     """Make the parts of this rank. Collective.
 
     Raises UsageError, on all ranks, if the run cannot be, or a file of it cannot be made; RankFailureError if a user's
@@ -85,7 +86,7 @@ def assemble(config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease) 
     threads, device = on_all_ranks(comm, lambda: place(comm, config.run.device))
     simulators = on_all_ranks(comm, lambda: make_simulators(config.environment, threads))
     try:
-        return _around(simulators, config, comm, info, lease, threads, device)
+        return _around(simulators, config, comm, info, lease, watchdog, threads, device)
     except BaseException:
         # Their threads and windows would outlive a start that is refused.
         simulators.close()
@@ -98,6 +99,7 @@ def _around(
     comm: Intracomm,
     info: RunInfo,
     lease: Lease,
+    watchdog: Watchdog,
     threads: int,
     device: torch.device,
 ) -> Rank:
@@ -105,7 +107,7 @@ def _around(
     _set_up_process(config, threads, device)
     policy = _make_network(config, comm, simulators, device)
     flat = FlatParameters(policy)
-    courier, board, exchange = _open_windows(config, comm, info, lease, flat)
+    courier, board, exchange = _open_windows(config, comm, info, lease, watchdog, flat)
     waits = config.run.profile and device.type == "cuda"
     stopwatch = Stopwatch(torch.cuda.synchronize if waits else None)
     rate, average = learning_rate(config, comm, exchange.topology), exchange.average_gradient
@@ -141,7 +143,7 @@ def _make_network(config: TrainConfig, comm: Intracomm, simulators: Simulators, 
 
 
 def _open_windows(
-    config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease, flat: FlatParameters
+    config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease, watchdog: Watchdog, flat: FlatParameters
 ) -> tuple[Courier, Board, Exchange]:
     """Make all that sends and receives. Collective."""
     look_ahead(comm, window_bytes(config.exchange, flat, comm) + board_bytes(comm.size), info.folder)
@@ -149,7 +151,7 @@ def _open_windows(
     if courier.node_rank(comm.rank) < HOLDERS_OF_A_NODE:
         lease.hold()
     board = Board(comm, courier, config.exchange.neighbour_timeout_s)
-    return courier, board, make_exchange(config.exchange, flat, comm, courier, board.come_by)
+    return courier, board, make_exchange(config.exchange, flat, comm, courier, board.come_by, watchdog)
 
 
 def _stall_watch(config: TrainConfig, comm: Intracomm, simulators: Simulators) -> StallWatch | None:

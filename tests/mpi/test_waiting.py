@@ -56,3 +56,42 @@ def test_what_ends_in_time_goes_on() -> None:
     program = PROGRAM.format("pass") + "ctypes.PyDLL(None).usleep(4_000_000); print('and on')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
     assert (done.returncode, done.stdout) == (0, "went on\nand on\n"), done.stderr
+
+
+NESTED = """
+import ctypes, time
+from gala_mpi.mpi import waiting
+waiting.LOCKED_FOR_S = 1.0
+watchdog = waiting.Watchdog("[0/1]")
+for _ in range(2):
+    with watchdog.limit({}, "outer"):
+        with watchdog.limit({}, "inner"):
+            {}
+        {}
+print("went on")
+"""
+LOCK = "ctypes.PyDLL(None).usleep(60_000_000)"
+
+
+@pytest.mark.parametrize("stuck", ["time.sleep(60)", LOCK], ids=["waits", "holds the lock"])
+@pytest.mark.parametrize(
+    ("limits", "where", "said"),
+    [((2, 1000), "inside", "outer"), ((1000, 2), "inside", "inner"), ((2, 1000), "after", "outer")],
+)
+def test_of_limits_within_each_other_the_nearest_ends_the_process(
+    limits: tuple[int, int], where: str, said: str, stuck: str
+) -> None:
+    """Also the outer one's, once the inner one has ended."""
+    inside, after = (stuck, "pass") if where == "inside" else ("pass", stuck)
+    program = NESTED.format(*limits, inside, after)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == (-signal.SIGABRT if stuck == LOCK else 1), done.stderr
+    assert f"[0/1] error: {said}; every thread" in done.stderr and done.stdout == ""
+
+
+def test_after_limits_within_each_other_none_is_left() -> None:
+    program = (
+        NESTED.format(1, 2, "pass", "pass") + "time.sleep(3)\nctypes.PyDLL(None).usleep(3_000_000)\nprint('and on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout) == (0, "went on\nand on\n"), done.stderr
