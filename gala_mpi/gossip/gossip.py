@@ -45,12 +45,12 @@ from gala_mpi.gossip.shared_topology import known_here, told_by_rank_0
 from gala_mpi.gossip.topology import PLACED, TOPOLOGIES, Topology, make_topology
 from gala_mpi.mpi.collective import alike_on_all_ranks
 from gala_mpi.mpi.room import NoRoomError
-from gala_mpi.mpi.waiting import meet, wait_until
+from gala_mpi.mpi.waiting import wait_until
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from mpi4py.MPI import Intracomm
+    from mpi4py.MPI import Intracomm, Request
 
 WIRES = ("float32", "bfloat16", "float16")
 ALLOWED = {
@@ -139,15 +139,17 @@ class Gossip:
         # The training loop hands over flat parameters that nobody else changes.
         self._model = None if isinstance(model, FlatParameters) else model
         self._closed = False
-        self._comm, self._wire = comm, WIRES.index(wire)
+        # What is under way here, after a close that timed out too, meets nothing of the user's.
+        self._comm, self._wire = comm.Dup(), WIRES.index(wire)
+        self._met: Request | None = None
         self._max_staleness, self._timeout_s = max_staleness, neighbour_timeout_s
         self._adopts = on_divergence == "adopt"
         self._while_waiting = while_waiting
         self._warned_of_range = False
         self._update = self._agent_steps = 0
         self.counters = ExchangeCounters()
-        share_parameters(self._flat, comm)
-        self._own_courier = Courier(comm, delivery) if isinstance(delivery, str) else None
+        share_parameters(self._flat, self._comm)
+        self._own_courier = Courier(self._comm, delivery) if isinstance(delivery, str) else None
         courier: Courier = self._own_courier or delivery  # type: ignore[assignment]
         self._courier = courier
         if topology in PLACED:
@@ -155,19 +157,20 @@ class Gossip:
         self.topology = graph
         nbytes = self._flat.size * _native.WIRE_ITEMSIZE[wire]
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
-        self._mailboxes = self._make_mailboxes(comm, graph, nbytes)
+        self._mailboxes = self._make_mailboxes(graph, nbytes)
         self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
         self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank))
         self.outboxes = self._mailboxes.outboxes
 
-    def _make_mailboxes(self, comm: Intracomm, graph: Topology, nbytes: int) -> Mailboxes:
+    def _make_mailboxes(self, graph: Topology, nbytes: int) -> Mailboxes:
         """The windows; where there is no room for them nothing is left behind. Collective."""
         try:
-            return Mailboxes(comm, self._courier, graph, nbytes)
+            return Mailboxes(self._comm, self._courier, graph, nbytes)
         except NoRoomError:
             # Raised on all ranks.
             if self._own_courier is not None:
                 self._own_courier.free()
+            self._comm.Free()
             raise
 
     @property
@@ -233,26 +236,33 @@ class Gossip:
         return not any(outbox.pending for outbox in self.outboxes.values())
 
     def free(self) -> None:
-        """Free the windows, and the courier if it is this object's own. Collective."""
+        """Free the windows, the communicator, and the courier if it is this object's own. Collective."""
         self._closed = True
         self._heard.let_go()
         if self._own_courier is not None:
             self._own_courier.free()
         self._mailboxes.free()
+        self._comm.Free()
 
     def close(self, timeout_s: float = 600.0) -> None:
         """End the exchange: finish, wait for the other ranks, free. Collective; a second call does nothing.
 
         Ranks that still train are not held up by one that is here. Raises TimeoutError if some rank has not come
-        here within `timeout_s` seconds.
+        here within `timeout_s` seconds: call it again, to wait for longer, or end the job.
         """
         if self._closed:
             return
         self.finish()
         end = time.monotonic() + timeout_s
-        if not (wait_until(self.arrived, timeout_s) and meet(self._comm, max(end - time.monotonic(), 0.0))):
+        if not (wait_until(self.arrived, timeout_s) and wait_until(self._all_met, max(end - time.monotonic(), 0.0))):
             raise TimeoutError(f"some rank has not come to the end of the exchange within {timeout_s:g} s")
         self.free()
+
+    def _all_met(self) -> bool:
+        """Whether all ranks have come to the end. Each comes there once, though it may call `close` again."""
+        if self._met is None:
+            self._met = self._comm.Ibarrier()
+        return bool(self._met.Test())
 
     def __enter__(self) -> Gossip:
         return self

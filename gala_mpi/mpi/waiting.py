@@ -10,13 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from gala_mpi import _native, output
 from gala_mpi.user_code import END_OF_PROCESS
-
-if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
 
 YIELD_FOR_S = 0.002
 LONGEST_SLEEP_S = 0.001
@@ -47,11 +43,6 @@ def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
             time.sleep(sleep_s)
             sleep_s = min(2 * sleep_s, LONGEST_SLEEP_S)
     return True
-
-
-def meet(comm: Intracomm, timeout_s: float) -> bool:
-    """Wait for all ranks of `comm` to come here; False if one has not within `timeout_s` seconds. Collective."""
-    return wait_until(comm.Ibarrier().Test, timeout_s)
 
 
 @dataclass(frozen=True)

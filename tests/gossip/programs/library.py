@@ -377,6 +377,31 @@ def closing_is_done_once_and_ends_the_exchange() -> None:
             gossip.step()
 
 
+def a_close_that_timed_out_leaves_the_communicator_alone_and_may_be_called_again() -> None:
+    if SIZE == 1:
+        return
+    with gala_mpi.Gossip(rank_model(), COMM) as gossip:
+        gossip.step()
+        if RANK != LAST:
+            with raises(TimeoutError, "some rank has not come"):
+                gossip.close(timeout_s=0.1)
+        # A message of the user's own says that they have come so far, without the library's barrier.
+        barrier = COMM.Ibarrier() if RANK == LAST else None
+        if barrier is not None:
+            time.sleep(0.3)
+            # The others begin this one only after the message.
+            assert not barrier.Test()
+            for rank in range(LAST):
+                COMM.send(None, rank)
+        else:
+            COMM.recv(source=LAST)
+            barrier = COMM.Ibarrier()
+        barrier.Wait()
+        assert COMM.allreduce(RANK) == SIZE * LAST // 2
+    with raises(RuntimeError, "closed"):
+        gossip.step()
+
+
 SCENARIOS: tuple[Callable[[], None], ...] = (
     all_ranks_start_from_what_rank_0_has,
     an_optimiser_may_be_made_before_or_after,
@@ -392,6 +417,7 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
     tied_parameters_stay_tied,
     two_models_can_be_gossiped_at_once,
     closing_is_done_once_and_ends_the_exchange,
+    a_close_that_timed_out_leaves_the_communicator_alone_and_may_be_called_again,
 )
 
 
