@@ -2,6 +2,10 @@
 
 A neighbour is heard when it leaves a message. One that leaves none for the timeout is lost: it is left out of mixing
 and of waiting, until it is heard again. One that has finished leaves none any more, and is not waited for.
+
+Patience runs only while this rank looks. Between two looks it may have been stopped, for longer than the timeout, and
+those who wait for it meanwhile send nothing: of that time but a part of the timeout counts. Where updates are long, the
+parts add up.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from gala_mpi.gossip.mailbox import Inbox, Message
 from gala_mpi.gossip.rules import Weights
 from gala_mpi.gossip.topology import mixing_weights
 
+# The share of the timeout that the time between two looks counts for at most: a rank is lost after five of them.
+MOST_OF_PATIENCE = 0.25
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +33,7 @@ class InNeighbour:
 
     rank: int
     inbox: Inbox | BackgroundInbox
-    heard_at_s: float | None = None
+    silent_s: float = 0.0
     update: int = 0
     number: int = 0
     dropped: int = 0
@@ -65,6 +71,7 @@ class InNeighbours:
 
     def __init__(self, neighbours: Sequence[InNeighbour], timeout_s: float, rounds: Sequence[Weights]) -> None:
         self._all, self._timeout_s, self._rounds = neighbours, timeout_s, rounds
+        self._looked_at_s: float | None = None
 
     @property
     def some_are_gone(self) -> bool:
@@ -73,21 +80,19 @@ class InNeighbours:
 
     def look(self) -> tuple[bool, int]:
         """Whether there is what a mix needs, and how many are expected to send but have not."""
-        now = time.monotonic()
+        passed_s = self._since_last_look()
         found = missing = 0
         for neighbour in self._all:
             if neighbour.finished:
                 continue
-            if neighbour.heard_at_s is None:
-                # Patience begins with the first look, not while ranks are still being set up.
-                neighbour.heard_at_s = now
+            neighbour.silent_s += passed_s
             if neighbour.inbox.fresh():
                 found += 1
-                neighbour.heard_at_s = now
+                neighbour.silent_s = 0.0
                 if neighbour.lost:
                     neighbour.lost = False
                     log.warning("rank %d is heard again and takes part in mixing", neighbour.rank)
-            elif now - neighbour.heard_at_s <= self._timeout_s:
+            elif neighbour.silent_s <= self._timeout_s:
                 missing += 1
             elif not neighbour.lost:
                 neighbour.lost = True
@@ -97,6 +102,12 @@ class InNeighbours:
                     self._timeout_s,
                 )
         return found > 0 and (not missing or len(self._rounds) > 1), missing
+
+    def _since_last_look(self) -> float:
+        """Seconds that count; none at the first look, before which ranks are still being set up."""
+        now = time.monotonic()
+        before, self._looked_at_s = self._looked_at_s, now
+        return 0.0 if before is None else min(now - before, MOST_OF_PATIENCE * self._timeout_s)
 
     def ready_or_alone(self) -> bool:
         """Whether there is what a mix needs, or nobody left who could send it."""
