@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+
+FALLOC_FL_KEEP_SIZE = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def read_file(path: Path, largest_bytes: int) -> bytes:
@@ -75,20 +79,33 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def check_room(path: Path, nbytes: int) -> None:
-    """Raise OSError if the file system has no room for so many bytes more beside `path`, or takes no file there."""
-    scratch = path.with_name(f"{path.name}.room.tmp")
-    scratch.unlink(missing_ok=True)
-    handle = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+def set_aside(handle: int, nbytes: int) -> None:
+    """Have the file system keep room for so many bytes more behind an open file, whose size stays as it is.
+
+    Raises OSError if it has not so much free, beside what it keeps already, or if a quota is reached. Where the file
+    system cannot keep room, a quota is not seen.
+    """
+    stat = os.fstatvfs(handle)
+    # Not only behind the file: it may have holes, which are written later.
+    if stat.f_bavail * stat.f_frsize < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     try:
-        scratch.unlink()
-        os.posix_fallocate(handle, 0, nbytes)
+        _fallocate(handle, os.fstat(handle).st_size, nbytes)
     except OSError as error:
-        # Not every file system can tell.
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-    finally:
-        os.close(handle)
+
+
+def give_back(handle: int) -> None:
+    """Give the file system back what was set aside behind an open file and not written. Raises OSError."""
+    os.ftruncate(handle, os.fstat(handle).st_size)
+
+
+def _fallocate(handle: int, begin: int, nbytes: int) -> None:
+    """Linux' fallocate, in the mode that leaves the size as it is; Python has the other one."""
+    if _LIBC.fallocate(handle, FALLOC_FL_KEEP_SIZE, ctypes.c_longlong(begin), ctypes.c_longlong(nbytes)) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def first_line(error: BaseException) -> str:

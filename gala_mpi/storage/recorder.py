@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ import h5py
 import numpy as np
 
 from gala_mpi.config import RecordConfig
-from gala_mpi.files import check_room, first_line, give_new_name
+from gala_mpi.files import first_line, give_back, give_new_name, set_aside
 from gala_mpi.storage.schema import SCHEMA_VERSION, TABLES
 
 CHUNK_BYTES = 64 * 1024
@@ -107,7 +108,7 @@ class Recorder:
         try:
             waiting = sum(len(rows) * self._datasets[name].dtype.itemsize for name, rows in self._rows.items())
             # HDF5 does not always get over a write that failed: rather begin none.
-            check_room(self._path, waiting + len(TABLES) * CHUNK_BYTES + ROOM_BYTES)
+            set_aside(self._handle(), waiting + len(TABLES) * CHUNK_BYTES + ROOM_BYTES)
             for name, rows in self._rows.items():
                 if rows:
                     self._extend(self._datasets[name], np.array(rows, self._datasets[name].dtype))
@@ -123,6 +124,11 @@ class Recorder:
             log.warning("%s: is written again (%d rows were lost meanwhile)", self._path, self.dropped_rows)
             self._failing = False
         return True
+
+    def _handle(self) -> int:
+        """The descriptor by which HDF5 writes the file."""
+        handle: int = self._file.id.get_vfd_handle()
+        return handle
 
     @staticmethod
     def _extend(dataset: Any, rows: np.ndarray) -> None:
@@ -158,7 +164,11 @@ class Recorder:
         if not self._file:
             return not self._failing
         written = self.flush()
+        own = os.dup(self._handle())
         # Closing a file on a full disk may fail as well: what was flushed stays readable.
         with contextlib.suppress(OSError, RuntimeError):
             self._file.close()
+        with contextlib.suppress(OSError):
+            give_back(own)
+        os.close(own)
         return written and not self.dropped_rows

@@ -39,7 +39,7 @@ SEGMENT_OF = re.compile(
 )
 LAST_SEGMENT = 10**9 - 1
 SCRATCH = re.compile(
-    r"(?:(?:config(?:\.\d{1,9})?\.toml|lease\.json|run\.json)\.[0-9a-f]{12}|rank-\d{5,9}(?:\.\d{1,9})?\.h5(?:\.room)?)\.tmp"
+    r"(?:(?:config(?:\.\d{1,9})?\.toml|lease\.json|run\.json)\.[0-9a-f]{12}|rank-\d{5,9}(?:\.\d{1,9})?\.h5)\.tmp"
 )
 A_RUN = "the folder of a run"
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -23,6 +24,7 @@ import pytest
 from conftest import Mpi, finish
 from test_cli import assert_closed
 
+from gala_mpi import files
 from gala_mpi.config import RecordConfig
 from gala_mpi.mpi.waiting import wait_until
 from gala_mpi.storage.checkpoint import CheckpointError, CheckpointFolder, read
@@ -308,7 +310,7 @@ def test_a_quota_that_is_reached_is_as_a_full_disk(tmp_path: Path, monkeypatch: 
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     with monkeypatch.context() as quota:
-        quota.setattr(os, "posix_fallocate", no_more)
+        quota.setattr(files, "_fallocate", no_more)
         for count in range(1, 101):
             recorder.append("episodes", **{**ZEROS["episodes"], "update": count})
             assert not recorder.flush()
@@ -316,6 +318,42 @@ def test_a_quota_that_is_reached_is_as_a_full_disk(tmp_path: Path, monkeypatch: 
     assert recorder.close()
     with h5py.File(path, "r") as file:
         assert file["episodes"]["update"].tolist() == list(range(1, 101))
+
+
+def test_a_flush_makes_no_file_and_keeps_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of ranks flush into one folder, every few seconds."""
+    path = rank_file(tmp_path, 0)
+    recorder = Recorder(path, {}, RecordConfig(), 1)
+    folder = tmp_path.stat().st_mtime_ns
+    set_aside: list[int] = []
+    for count in range(1, 101):
+        recorder.append("episodes", **{**ZEROS["episodes"], "update": count})
+        assert recorder.flush()
+        set_aside.append(512 * path.stat().st_blocks - path.stat().st_size)
+    assert tmp_path.stat().st_mtime_ns == folder
+    # What is set aside does not grow from flush to flush, and is given back at the end.
+    assert max(set_aside[1:]) <= 2**20
+    assert recorder.close() and 512 * path.stat().st_blocks < path.stat().st_size + 2**16
+    with h5py.File(path, "r") as file:
+        assert file["episodes"]["update"].tolist() == list(range(1, 101))
+
+
+@pytest.mark.parametrize("room", [0, 2**30])
+def test_where_no_room_can_be_kept_what_is_free_counts(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS before 4.2."""
+    recorder = Recorder(rank_file(tmp_path, 0), {}, RecordConfig(), 1)
+
+    def cannot(_handle: int, _begin: int, _length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    with monkeypatch.context() as old:
+        old.setattr(files, "_fallocate", cannot)
+        old.setattr(os, "fstatvfs", lambda _: SimpleNamespace(f_bavail=room // 4096, f_frsize=4096))
+        recorder.append("episodes", **ZEROS["episodes"])
+        assert recorder.flush() == bool(room)
+    assert recorder.close()
 
 
 WRITER = """
