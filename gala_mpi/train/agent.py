@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
 
 STUCK = "the end of the run: the MPI library has not returned"
+# A job that is preempted has half a minute, mostly.
+LONGEST_TURN_S = 5.0
 STUCK_FILES = "writing metrics or a checkpoint: the file system has not answered"
 
 log = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ class Agent:
         self._stopwatch.start()
         diverged = failed = False
         try:
-            self._save()
+            self._save_in_turn()
             while self._progress() < 1 and not self._exchange.agree(self._wants_to_stop(stop)):
                 self._one_update()
                 self._show()
@@ -109,7 +111,7 @@ class Agent:
             # What ends this rank ends the others too: they are to see it with their next update.
             with self._limit():
                 self._board.tell()
-            self._save()
+            self._save_in_turn()
         except DivergedError as error:
             diverged = True
             log.warning("this rank ends, without a checkpoint of what diverged: %s", error)
@@ -157,6 +159,12 @@ class Agent:
             self._recorder.flush()
             self._checkpointer.save(self._update, self._agent_steps, self._now_s())
         self._stopwatch.lap("checkpoint")
+
+    def _save_in_turn(self) -> None:
+        """The same where all ranks do so at once: one after the other, as nearly as they can without a message."""
+        # Of a silence that short nobody makes a lost rank.
+        time.sleep(self._checkpointer.turn_s(min(LONGEST_TURN_S, self._timeout_s / 8)))
+        self._save()
 
     def _fail(self, error: BaseException) -> None:
         """Say what went wrong in this rank, and let all others end with checkpoints and closed files."""

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from gala_mpi.train.board import Board
 
 PARAMETERS, OPTIMISER = "parameters.", "optimiser."
+# What a file system of a cluster takes without its other users' noticing.
+TOGETHER_BYTES_PER_S = 2e9
 # Fewer episodes do not tell which policy is the best.
 ENOUGH_EPISODES = 20
 log = logging.getLogger(__name__)
@@ -67,6 +69,14 @@ class Identity:
     config: dict[str, Any]
 
 
+def turn_s(rank: int, size: int, nbytes: int, longest_s: float) -> float:
+    """Seconds to the turn of a rank where all begin to write `nbytes` each: as if one wrote after the other.
+
+    At TOGETHER_BYTES_PER_S, which a few ranks do not notice; of many ranks the last one waits `longest_s` at most.
+    """
+    return min(size * nbytes / TOGETHER_BYTES_PER_S, longest_s) * rank / size
+
+
 class Checkpointer:
     """Writes this rank's checkpoints every `every_s` seconds; ranks do so one after the other, not all at once."""
 
@@ -86,6 +96,11 @@ class Checkpointer:
     def due(self, time_s: float) -> bool:
         """Whether the interval has passed."""
         return time_s >= self._next_s
+
+    def turn_s(self, longest_s: float) -> float:
+        """Seconds to this rank's turn at the start and at the end of a run, which are the same instant on all ranks."""
+        nbytes = sum(values.nbytes for values in flat_tensors(self._parts.flat, self._parts.learner).values())
+        return turn_s(self._identity.rank, self._identity.size, nbytes, longest_s)
 
     def save(self, update: int, agent_steps: int, time_s: float) -> None:
         """Write a checkpoint. What cannot be written is a warning, and tried again after the interval."""

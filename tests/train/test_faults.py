@@ -320,7 +320,7 @@ def test_a_quota_that_is_reached_is_as_a_full_disk(tmp_path: Path, monkeypatch: 
         assert file["episodes"]["update"].tolist() == list(range(1, 101))
 
 
-def test_a_flush_makes_no_file_and_keeps_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flush_makes_no_file_and_keeps_no_more_than_it_needs(tmp_path: Path) -> None:
     """Thousands of ranks flush into one folder, every few seconds."""
     path = rank_file(tmp_path, 0)
     recorder = Recorder(path, {}, RecordConfig(), 1)
