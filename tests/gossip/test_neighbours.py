@@ -31,8 +31,8 @@ class Rank:
         monkeypatch.setattr(neighbours.time, "monotonic", lambda: self.now_s)
         self.heard, self.silent = Mailbox(), Mailbox()
         self.heard.holds = True
-        self.all = [InNeighbour(rank, 0.3, cast(Inbox, box)) for rank, box in enumerate((self.heard, self.silent))]
-        self.looks = InNeighbours(self.all, TIMEOUT_S, rotating=False)
+        self.all = [InNeighbour(rank, cast(Inbox, box)) for rank, box in enumerate((self.heard, self.silent))]
+        self.looks = InNeighbours(self.all, TIMEOUT_S, [{0: 0.3, 1: 0.3}])
 
     def look_after(self, passed_s: float) -> list[bool]:
         """Who is lost after a look so much later."""
