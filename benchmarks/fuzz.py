@@ -167,9 +167,9 @@ class Rank:
         """As a board does, in integers of 64 bits."""
         self.counts[1:] = agent_steps[0], update, episodes
 
-    def take_episodes(self, episodes: list[Episode], time_s: float) -> None:
+    def take_episodes(self, episodes: list[Episode]) -> None:
         """As a board does."""
-        np.array([(time_s, episodes[0].episode_return)], np.float64)
+        np.zeros(1)[0] = sum(episode.episode_return for episode in episodes)
 
 
 @functools.cache

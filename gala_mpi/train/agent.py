@@ -270,7 +270,7 @@ class Agent:
         self._metrics.note_episodes(now_s, self._update, self._agent_steps, rollout.episodes)
         self._checkpointer.note_episodes(rollout.episodes, now_s)
         lap("record")
-        self._board.note_episodes(rollout.episodes, now_s)
+        self._board.note_episodes(rollout.episodes)
         lap("status")
         # Nothing in here waits longer than this by its own rules; the watchdog is for a library that does.
         with self._watchdog.limit(4 * self._timeout_s, "the exchange: the MPI library has not returned"):

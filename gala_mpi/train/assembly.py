@@ -14,6 +14,7 @@ from gala_mpi.config import ConfigError, TrainConfig
 from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.exchange import Exchange, make_exchange, window_bytes
 from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.gossip.roster import roster_bytes
 from gala_mpi.learning.environments import Simulators, is_atari, make_simulators, refused
 from gala_mpi.learning.learner import Learner, learner_class
 from gala_mpi.learning.networks import Policy
@@ -21,13 +22,14 @@ from gala_mpi.learning.rollout import Collector
 from gala_mpi.learning.stalls import StallWatch
 from gala_mpi.mpi.collective import on_all_ranks
 from gala_mpi.mpi.waiting import Watchdog
+from gala_mpi.mpi.window import node_leaders
 from gala_mpi.stopwatch import Stopwatch
 from gala_mpi.storage.checkpoint import LARGEST_COUNT
 from gala_mpi.storage.lease import Lease
 from gala_mpi.storage.recorder import Recorder
 from gala_mpi.storage.resume import Resumption, find_checkpoints
 from gala_mpi.storage.run_folder import RunInfo
-from gala_mpi.train.board import Board, board_bytes
+from gala_mpi.train.board import Board
 from gala_mpi.train.checkpointer import Checkpointer, Identity, Parts, expect, largest_bytes
 from gala_mpi.train.metrics import Metrics, open_recorder
 from gala_mpi.train.preparation import (
@@ -146,7 +148,8 @@ def _open_windows(
     config: TrainConfig, comm: Intracomm, info: RunInfo, lease: Lease, watchdog: Watchdog, flat: FlatParameters
 ) -> tuple[Courier, Board, Exchange]:
     """Make all that sends and receives. Collective."""
-    look_ahead(comm, window_bytes(config.exchange, flat, comm) + board_bytes(comm.size), info.folder)
+    nbytes = window_bytes(config.exchange, flat, comm) + roster_bytes(comm.rank, node_leaders(comm))
+    look_ahead(comm, nbytes, info.folder)
     courier = Courier(comm, config.exchange.delivery)
     if courier.node_rank(comm.rank) < HOLDERS_OF_A_NODE:
         lease.hold()

@@ -184,8 +184,7 @@ class Checkpointer:
         parts.stopwatch.seconds.update({p: s for p, s in facts.seconds.items() if p in parts.stopwatch.seconds})
         self._episodes = facts.episodes
         self._recent.extend(facts.recent)
-        for time_s, episode_return in facts.recent:
-            parts.board.note_episodes([Episode(0, episode_return, 0)], time_s)
+        parts.board.note_episodes([Episode(0, episode_return, 0) for _, episode_return in facts.recent])
         return parts.collector.restore(resumption.checkpoint.tensors)
 
 

@@ -27,13 +27,17 @@ PACED = str(ROOT / "tests" / "train" / "programs" / "paced.py")
 BUDGET = 55_000
 ARGS = ("--preset", "cartpole", "--flush-every-s", "0.2", "--record-every", "1", "--total-steps", str(BUDGET))
 EXIT_LOST = 3
+# No rank is held up for so long on a busy machine.
+PATIENT_S = 8.0
 
 
 @contextlib.contextmanager
-def started(mpi: Mpi, folder: Path, size: int, *args: str, timeout_s: float = 2.0) -> Iterator[subprocess.Popen[str]]:
+def started(
+    mpi: Mpi, folder: Path, size: int, *args: str, timeout_s: float = 2.0, pause_s: float = 0.02
+) -> Iterator[subprocess.Popen[str]]:
     """A run that has taken its first updates on all ranks."""
     patience = ("--neighbour-timeout-s", str(timeout_s), "--out", str(folder))
-    process = mpi.start(size, PACED, "0.02", *ARGS, *patience, *args)
+    process = mpi.start(size, PACED, str(pause_s), *ARGS, *patience, *args)
     try:
         deadline = time.monotonic() + 90
         while not all(has_rows(folder / f"rank-{rank:05d}.h5", 6) for rank in range(size)):
@@ -59,6 +63,11 @@ def assert_survived(done: subprocess.CompletedProcess[str], folder: Path, size: 
             assert file["updates"]["agent_steps"][-1] > BUDGET / size
     for rank in lost:
         assert len(rows(folder, rank, "updates")) > 5
+
+
+def assert_nobody_else_was_missed(done: subprocess.CompletedProcess[str], lost: set[int]) -> None:
+    """Not even for a while."""
+    assert set(map(int, re.findall(r"rank (\d+) has not been heard of", done.stderr))) == lost
 
 
 def assert_mixed_again(folder: Path, size: int, victim: int, *, may_be_held_up: bool = False) -> None:
@@ -132,7 +141,22 @@ def test_a_stopped_rank_that_comes_back_is_mixed_with_again(mpi: Mpi, victim: in
         done = finish(process, 90)
         assert done.returncode == 0, done.stderr
         assert f"rank {victim} is back in the run" in done.stderr
+        # The others went on while it could not look.
+        assert not re.search(rf"^.*\[{victim}/3\] WARNING: rank \d has not been heard of", done.stderr, re.MULTILINE)
         assert_mixed_again(tmp_path / "run", 3, victim)
+
+
+def test_a_dead_rank_is_found_although_updates_take_most_of_the_timeout(mpi: Mpi, tmp_path: Path) -> None:
+    with started(mpi.surviving(), tmp_path / "run", 3, pause_s=1.5) as process:
+        os.kill(rank_process(process.pid, 1), signal.SIGKILL)
+        missing = {f"[{survivor}/3] WARNING: rank 1 has not been heard of for 2 s" for survivor in (0, 2)}
+        # The run has hours to go, so it is not its end at which the rank is missed.
+        assert process.stderr is not None
+        for line in process.stderr:
+            missing = {words for words in missing if words not in line}
+            if not missing:
+                break
+        assert not missing and process.poll() is None
 
 
 def on_cluster(cluster: Cluster, mpi: Mpi, ranks_per_host: int = 1) -> Mpi:
@@ -159,10 +183,26 @@ def test_survivors_on_other_hosts_finish(
 
 
 def test_survivors_of_one_hosts_ranks_finish(cluster: Cluster, mpich: Mpi, tmp_path: Path) -> None:
-    with started(on_cluster(cluster, mpich, 2), tmp_path / "run", 6, "--topology", "hierarchical") as process:
+    with started(
+        on_cluster(cluster, mpich, 2), tmp_path / "run", 6, "--topology", "hierarchical", timeout_s=PATIENT_S
+    ) as process:
         for rank in (2, 3):
             os.kill(rank_on(cluster, rank), signal.SIGKILL)
-        assert_survived(finish(process, 90), tmp_path / "run", 6, {2, 3})
+        done = finish(process, 90)
+        assert_survived(done, tmp_path / "run", 6, {2, 3})
+        assert_nobody_else_was_missed(done, {2, 3})
+
+
+@pytest.mark.parametrize("leader", [0, 2])
+def test_when_a_hosts_first_rank_is_killed_nobody_else_is_lost(
+    cluster: Cluster, mpich: Mpi, leader: int, tmp_path: Path
+) -> None:
+    """The first rank of a host speaks for all of it to the other."""
+    with started(on_cluster(cluster, mpich, 2), tmp_path / "run", 4, timeout_s=PATIENT_S) as process:
+        os.kill(rank_on(cluster, leader), signal.SIGKILL)
+        done = finish(process, 90)
+        assert_survived(done, tmp_path / "run", 4, {leader})
+        assert_nobody_else_was_missed(done, {leader})
 
 
 @pytest.mark.parametrize("victim", [0, 1])
