@@ -75,6 +75,11 @@ class Snapshot:
         return int(self.header["number"][0])
 
     @property
+    def sender(self) -> int:
+        """The rank that sends it."""
+        return int(self.header["sender"][0])
+
+    @property
     def payload(self) -> Bytes:
         """A view."""
         return self.memory[HEADER_BYTES : HEADER_BYTES + self.nbytes]
@@ -150,6 +155,7 @@ class BackgroundOutbox(End):
         self._waiting: Snapshot | None = None
         self._in_flight: Snapshot | None = None
         self._sent_at_s = 0.0
+        self._ended = False
 
     def slot(self, nbytes: int) -> Bytes | None:
         """See `Delivery.slot`."""
@@ -175,6 +181,20 @@ class BackgroundOutbox(End):
         slot[:] = payload.reshape(-1).view(np.uint8)
         self.publish(payload.nbytes, **about)
 
+    def end(self) -> int:
+        """Send nothing more, not even again, until `begin_at`; the number of the last message. For the learner."""
+        with self._lock:
+            self._ended = True
+            if self._waiting is not None:
+                self._free.append(self._waiting)
+                self._waiting = None
+        return self._number
+
+    def begin_at(self, number: int) -> None:
+        """Go on after `end`, with numbers above this one. For the learner."""
+        with self._lock:
+            self._number, self._ended = max(number, self._number), False
+
     @property
     def pending(self) -> bool:
         """Whether a message waits, or was not answered yet."""
@@ -184,14 +204,16 @@ class BackgroundOutbox(End):
     def look(self) -> None:
         """See whether the message under way is answered."""
         # While the Put is not complete the snapshot must stay as it is, answered or not.
-        if self.settled() and self._in_flight is not None and int(self._answer[0]) == self._in_flight.number:
+        if not self.settled() or self._in_flight is None:
+            return
+        if self._ended or int(self._answer[0]) == self._in_flight.number:
             with self._lock:
                 self._free.append(self._in_flight)
                 self._in_flight = None
 
     def start(self) -> None:
         """Send the message that waits, if none is under way, or once more the one that has got no answer."""
-        if self._put is not None:
+        if self._put is not None or self._ended:
             return
         if self._in_flight is None:
             with self._lock:
@@ -223,6 +245,8 @@ class BackgroundInbox(End):
         self._taken = 0
         self._answered = np.zeros(1, np.int64)
         self._pause_s = self._look_again_at_s = 0.0
+        self.heeded = True
+        """Whether messages are looked for."""
 
     def fresh(self) -> bool:
         """Whether a message waits that was not taken yet."""
@@ -245,9 +269,9 @@ class BackgroundInbox(End):
         """Take the message in the slot, if there is a new one and it is whole."""
         self._window.sync()
         number = int(self._next[0])
-        if number <= self._taken or time.monotonic() < self._look_again_at_s:
+        if not self.heeded or number <= self._taken or time.monotonic() < self._look_again_at_s:
             return
-        if not self._spare.copy_whole(self._slot, number, self._capacity):
+        if not (self._spare.copy_whole(self._slot, number, self._capacity) and self._spare.sender == self._source):
             # To look at half a message costs as much as at a whole one.
             self._pause_s = min(2 * self._pause_s + 1e-3, LONGEST_PAUSE_S)
             self._look_again_at_s = time.monotonic() + self._pause_s

@@ -16,6 +16,7 @@ from gala_mpi.gossip.gossip import DivergedError, ExchangeCounters, Gossip, shar
 from gala_mpi.gossip.mailbox import lay_out
 from gala_mpi.gossip.neighbours import InNeighbour
 from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.gossip.roster import Roster
 from gala_mpi.gossip.shared_topology import topology_on_all_ranks
 from gala_mpi.gossip.topology import Topology
 from gala_mpi.mpi.waiting import Watchdog
@@ -32,6 +33,10 @@ class Exchange(Protocol):
     @property
     def topology(self) -> Topology | None:
         """The graph that messages go over, if they do."""
+
+    @property
+    def share(self) -> float:
+        """The share of all ranks with which this one shares what it learns, itself included."""
 
     @property
     def ways(self) -> dict[int, str]:
@@ -67,6 +72,7 @@ class NoExchange:
 
     synchronous = False
     topology = None
+    share = 1.0
 
     def __init__(self, flat: FlatParameters, comm: MPI.Intracomm) -> None:
         self.counters = ExchangeCounters()
@@ -117,6 +123,7 @@ class AllReduce(NoExchange):
     """
 
     synchronous = True
+    share = 1.0
 
     def __init__(self, flat: FlatParameters, comm: MPI.Intracomm, timeout_s: float, watchdog: Watchdog) -> None:
         super().__init__(flat, comm)
@@ -158,6 +165,7 @@ def make_exchange(
     courier: Courier,
     while_waiting: Callable[[], None],
     watchdog: Watchdog,
+    roster: Roster,
 ) -> Exchange:
     """The exchange that the configuration asks for. Collective."""
     if config.exchange == "allreduce":
@@ -174,6 +182,7 @@ def make_exchange(
         delivery=courier,
         on_divergence=config.on_divergence,
         while_waiting=while_waiting,
+        roster=roster,
     )
 
 

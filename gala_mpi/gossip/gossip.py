@@ -25,7 +25,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,11 +37,13 @@ from torch import nn
 
 from gala_mpi import _native
 from gala_mpi.gossip.courier import Courier
-from gala_mpi.gossip.mailbox import About, Message
+from gala_mpi.gossip.mailbox import About, Delivery, Message
 from gala_mpi.gossip.mailboxes import Mailboxes
 from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours, Taken
 from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.gossip.roster import Roster
 from gala_mpi.gossip.shared_topology import known_here, told_by_rank_0
+from gala_mpi.gossip.survivors import Survivors
 from gala_mpi.gossip.topology import PLACED, TOPOLOGIES, Topology, make_topology
 from gala_mpi.mpi.collective import alike_on_all_ranks
 from gala_mpi.mpi.room import NoRoomError
@@ -105,7 +107,8 @@ class Gossip:
     after which a step waits for messages; None never waits. neighbour_timeout_s: silence after which an in-neighbour
     is left out until it is heard again. delivery: auto, inline or background, or a Courier to share. on_divergence:
     whether a rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError. while_waiting:
-    called again and again while a step waits for messages; it must not wait itself.
+    called again and again while a step waits for messages; it must not wait itself. roster: one to share, by which
+    somebody else comes.
 
     Raises DisagreementError (a ValueError), on all ranks, if one of them was given a model or an option that cannot
     be used, or another one than rank 0. Raises NoRoomError (a MemoryError), on all ranks, if the shared memory of some
@@ -126,6 +129,7 @@ class Gossip:
         delivery: str | Courier = "auto",
         on_divergence: Literal["adopt", "stop"] = "adopt",
         while_waiting: Callable[[], None] = lambda: None,
+        roster: Roster | None = None,
     ) -> None:
         options: dict[str, object] = {
             "wire": wire,
@@ -161,6 +165,10 @@ class Gossip:
         self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
         self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank))
         self.outboxes = self._mailboxes.outboxes
+        self._own_roster = Roster(self._comm, courier, neighbour_timeout_s) if roster is None else None
+        around = self._own_roster or roster
+        assert around is not None
+        self._survivors = Survivors(self._comm, courier, graph, nbytes, around)
 
     def _make_mailboxes(self, graph: Topology, nbytes: int) -> Mailboxes:
         """The windows; where there is no room for them nothing is left behind. Collective."""
@@ -195,6 +203,10 @@ class Gossip:
         self._update, self._agent_steps = self._update + 1, agent_steps
         with self.counters.timed():
             self._courier.check()
+            self._come_by()
+            if self._survivors.look():
+                source, inbox = self._survivors.source, self._survivors.inbox
+                self._heard.stand_in(None if source is None or inbox is None else InNeighbour(source, inbox))
             state = self._flat.host()
             ready, missing = self._heard.look()
             taken = self._take() if ready else []
@@ -212,6 +224,21 @@ class Gossip:
             self._settle(taken)
         return False
 
+    @property
+    def share(self) -> float:
+        """The share of all ranks that take part, this one included: neither lost nor done, as far as it knows."""
+        return self._survivors.share
+
+    @property
+    def detour(self) -> tuple[int | None, int | None]:
+        """The ranks that this one hears, and sends to, since others are gone; None for those that it does not."""
+        outbox = self._survivors.outbox
+        return self._survivors.source, None if outbox is None else outbox.target
+
+    def _come_by(self) -> None:
+        if self._own_roster is not None:
+            self._own_roster.come_by()
+
     def agree(self, stop: bool) -> bool:
         """Whether this rank ends: each decides for itself."""
         return stop
@@ -228,11 +255,14 @@ class Gossip:
     def finish(self) -> None:
         """Tell the out-neighbours that no message will follow this one, which is empty if its values are not finite."""
         state = self._flat.host()
-        self._post(state if _native.all_finite(state) else state[:0], self.outboxes, last=True)
+        self._post(state if _native.all_finite(state) else state[:0], self.outboxes.values(), last=True)
+        if self._own_roster is not None:
+            self._own_roster.finish()
 
     def arrived(self) -> bool:
-        """Whether all that this rank has sent has arrived."""
+        """Whether all that this rank has sent over the topology has arrived."""
         self._courier.check()
+        self._come_by()
         return not any(outbox.pending for outbox in self.outboxes.values())
 
     def free(self) -> None:
@@ -242,6 +272,9 @@ class Gossip:
         if self._own_courier is not None:
             self._own_courier.free()
         self._mailboxes.free()
+        self._survivors.free()
+        if self._own_roster is not None:
+            self._own_roster.free()
         self._comm.Free()
 
     def close(self, timeout_s: float = 600.0) -> None:
@@ -260,6 +293,7 @@ class Gossip:
 
     def _all_met(self) -> bool:
         """Whether all ranks have come to the end. Each comes there once, though it may call `close` again."""
+        self._come_by()
         if self._met is None:
             self._met = self._comm.Ibarrier()
         return bool(self._met.Test())
@@ -279,20 +313,23 @@ class Gossip:
 
         In one pass over the parameters, where they are sent as they are and by stores. A part of `step`.
         """
-        slots = [self.outboxes[target].slot(state.nbytes) for target in targets] if self._staging is None else []
+        deliveries = [self.outboxes[target] for target in targets]
+        if self._survivors.outbox is not None:
+            deliveries.append(self._survivors.outbox)
+        slots = [delivery.slot(state.nbytes) for delivery in deliveries] if self._staging is None else []
         stored = [slot for slot in slots if slot is not None]
         if not stored or len(stored) < len(slots):
             if not _native.all_finite(state):
                 return False
-            self._post(state, targets)
+            self._post(state, deliveries)
             self._mix(state, taken)
             return True
         payloads, weights = [message.payload for _, message in taken], self._heard.weights(taken)
         finite, squared, accepted = _native.exchange(state, stored, 1 - sum(weights), payloads, weights)
         if finite:
-            for target in targets:
-                self.outboxes[target].publish(state.nbytes, **self._about())
-            self.counters.messages_sent += len(targets)
+            for delivery in deliveries:
+                delivery.publish(state.nbytes, **self._about())
+            self.counters.messages_sent += len(deliveries)
             self._account(taken, squared, accepted)
         return finite
 
@@ -305,8 +342,8 @@ class Gossip:
             "last": last,
         }
 
-    def _post(self, payload: npt.NDArray[Any], targets: Iterable[int], *, last: bool = False) -> None:
-        if not self.outboxes:
+    def _post(self, payload: npt.NDArray[Any], deliveries: Collection[Delivery], *, last: bool = False) -> None:
+        if not deliveries:
             return
         if self._staging is not None and len(payload):
             _native.pack([payload], self._staging, WIRES[self._wire])
@@ -316,8 +353,8 @@ class Gossip:
                 if not last:
                     return
                 payload = payload[:0]
-        for target in targets:
-            self.outboxes[target].post(payload, **self._about(last=last))
+        for delivery in deliveries:
+            delivery.post(payload, **self._about(last=last))
             self.counters.messages_sent += 1
 
     def _warn_of_range(self) -> None:
@@ -334,6 +371,7 @@ class Gossip:
 
         def look() -> bool:
             self._while_waiting()
+            self._come_by()
             return done()
 
         wait_until(look, 2 * self._timeout_s)

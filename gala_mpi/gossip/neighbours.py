@@ -72,6 +72,14 @@ class InNeighbours:
     def __init__(self, neighbours: Sequence[InNeighbour], timeout_s: float, rounds: Sequence[Weights]) -> None:
         self._all, self._timeout_s, self._rounds = neighbours, timeout_s, rounds
         self._looked_at_s: float | None = None
+        self._stand_in: InNeighbour | None = None
+
+    def stand_in(self, neighbour: InNeighbour | None) -> None:
+        """From now on hear this rank beside the topology's, since some of those are gone; None: no longer."""
+        self._stand_in = neighbour
+
+    def _everyone(self) -> Sequence[InNeighbour]:
+        return self._all if self._stand_in is None else [*self._all, self._stand_in]
 
     @property
     def some_are_gone(self) -> bool:
@@ -81,7 +89,8 @@ class InNeighbours:
     def look(self) -> tuple[bool, int]:
         """Whether there is what a mix needs, and how many are expected to send but have not."""
         passed_s = self._since_last_look()
-        found = missing = 0
+        # Nobody waits for the one that stands in.
+        found, missing = int(self._stand_in is not None and self._stand_in.inbox.fresh()), 0
         for neighbour in self._all:
             if neighbour.finished:
                 continue
@@ -117,7 +126,7 @@ class InNeighbours:
     def take(self) -> tuple[list[Taken], int]:
         """The newest message of each that has sent one with parameters, and how many messages those replaced."""
         taken, dropped = [], 0
-        for neighbour in self._all:
+        for neighbour in self._everyone():
             before = neighbour.dropped
             message = neighbour.take()
             dropped += neighbour.dropped - before
@@ -126,22 +135,28 @@ class InNeighbours:
         return taken, dropped
 
     def weights(self, taken: Sequence[Taken]) -> list[float]:
-        """Of messages; what is left out stays with this rank's own parameters."""
-        return mixing_weights(self._rounds, [(neighbour.rank, message.update) for neighbour, message in taken])
+        """Of messages; what is left out stays with this rank's own parameters.
+
+        Of that the one that stands in has half: over a graph of equal weights that is the weight of one that is gone.
+        """
+        usual = [(neighbour.rank, message.update) for neighbour, message in taken if neighbour is not self._stand_in]
+        weights = mixing_weights(self._rounds, usual)
+        # It is the last of all.
+        return weights if len(usual) == len(taken) else [*weights, (1 - sum(weights)) / 2]
 
     def settle(self, taken: Sequence[Taken]) -> list[InNeighbour]:
         """Count on the staleness after an update; those whose message was mixed, and not rejected."""
         mixed = [neighbour for neighbour, _ in taken if neighbour.held]
-        for neighbour in self._all:
+        for neighbour in self._everyone():
             neighbour.staleness = 0 if neighbour in mixed else neighbour.staleness + 1
         return mixed
 
     def held(self) -> list[Taken]:
         """The messages that are held, the newest first."""
-        held = [(neighbour, neighbour.held) for neighbour in self._all if neighbour.held]
+        held = [(neighbour, neighbour.held) for neighbour in self._everyone() if neighbour.held]
         return sorted(held, key=lambda pair: pair[1].time_s, reverse=True)
 
     def let_go(self) -> None:
         """Give up all messages: they are views of the window's memory."""
-        for neighbour in self._all:
+        for neighbour in self._everyone():
             neighbour.held = None

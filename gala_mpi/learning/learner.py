@@ -81,6 +81,8 @@ class Learner:
         """The optimiser's state by name: tensors (n,), zero at first, that checkpoints hold and give back."""
         self.updates = 0
         """The age of the state in updates, which the warm-up goes by. Checkpoints give it back too."""
+        self.share = 1.0
+        """The share of all ranks that takes part still; a rate that is scaled for all goes down by its square root."""
 
     def forget(self) -> None:
         """Reset the optimiser's state, and begin the warm-up anew, as after parameters that were not finite."""
@@ -106,6 +108,8 @@ class Learner:
 
     def _rate_at(self, progress: float) -> float:
         config, rate = self._config, self._learning_rate
+        if config.learning_rate_scaling != "none":
+            rate *= math.sqrt(self.share)
         if self.updates < config.learning_rate_warmup and rate > config.learning_rate:
             rate = config.learning_rate + (rate - config.learning_rate) * self.updates / config.learning_rate_warmup
         return rate * max(1 - progress, 0) if config.learning_rate_decay == "linear" else rate

@@ -263,6 +263,7 @@ class Agent:
         with self._watchdog.limit(timeout_s, f"a rollout takes longer than {timeout_s:g} s (--simulator-timeout-s)"):
             rollout = self._collector.collect()
         take_process_back()
+        self._learner.share = exchange.share
         losses = self._learner.update(rollout, self._progress(), measure=measure)
         self._update += 1
         self._agent_steps += rollout.rewards.numel()

@@ -154,7 +154,7 @@ def _open_windows(
     if courier.node_rank(comm.rank) < HOLDERS_OF_A_NODE:
         lease.hold()
     board = Board(comm, courier, config.exchange.neighbour_timeout_s)
-    return courier, board, make_exchange(config.exchange, flat, comm, courier, board.come_by, watchdog)
+    return courier, board, make_exchange(config.exchange, flat, comm, courier, board.come_by, watchdog, board.roster)
 
 
 def _stall_watch(config: TrainConfig, comm: Intracomm, simulators: Simulators) -> StallWatch | None:

@@ -63,8 +63,9 @@ class Board:
     """
 
     def __init__(self, comm: Intracomm, courier: Courier, timeout_s: float) -> None:
-        self._roster = Roster(comm, courier, timeout_s)
-        self._rows = self._roster.rows.view(ROW)[:, 0]
+        self.roster = Roster(comm, courier, timeout_s)
+        """By which this rank comes with each `report` and `come_by`."""
+        self._rows = self.roster.rows.view(ROW)[:, 0]
         self._mine = self._rows[comm.rank : comm.rank + 1]
         self._recent: deque[float] = deque(maxlen=math.ceil(RECENT_EPISODES / comm.size))
 
@@ -81,7 +82,7 @@ class Board:
     @property
     def lost(self) -> list[int]:
         """Ranks that count as lost, ascending."""
-        return [int(rank) for rank in np.flatnonzero(self._roster.lost)]
+        return [int(rank) for rank in np.flatnonzero(self.roster.lost)]
 
     @property
     def diverged(self) -> list[int]:
@@ -104,7 +105,7 @@ class Board:
     @property
     def speaker(self) -> int:
         """The rank that speaks for the run: the lowest that is not lost."""
-        return int(np.argmin(self._roster.lost))
+        return int(np.argmin(self.roster.lost))
 
     def go_on_from(self, agent_steps: Sequence[int], update: int, episodes: int) -> None:
         """Begin with the steps that each rank had taken, and this rank's updates and episodes."""
@@ -128,15 +129,15 @@ class Board:
 
     def come_by(self) -> None:
         """Read what others have written, and pass it on if that is due. To be called while waiting too."""
-        self._roster.come_by()
+        self.roster.come_by()
 
     def tell(self) -> None:
         """Pass on what is known, at once."""
-        self._roster.tell()
+        self.roster.tell()
 
     def overview(self) -> Overview:
         """The run as this rank knows it."""
-        heard = self._rows[~self._roster.lost]
+        heard = self._rows[~self.roster.lost]
         averaged = int(heard["recent"].sum())
         return Overview(
             agent_steps=self.total_steps,
@@ -149,17 +150,17 @@ class Board:
     def finish(self, *, diverged: bool = False, failed: bool = False, unwritten: bool = False) -> None:
         """Say that this rank is done, and how."""
         self._mine["flags"] |= diverged * DIVERGED | failed * FAILED | unwritten * UNWRITTEN
-        self._roster.finish()
+        self.roster.finish()
 
     @property
     def all_done(self) -> bool:
         """Whether every rank is done, or lost. Ends: whoever is not heard is lost."""
-        return bool(self._roster.gone.all())
+        return bool(self.roster.gone.all())
 
     def meet(self) -> None:
         """From now on ranks that are done must be heard too: they come by until all have met."""
-        self._roster.meet()
+        self.roster.meet()
 
     def free(self) -> None:
         """Free the windows. Collective, once all have met."""
-        self._roster.free()
+        self.roster.free()

@@ -1,0 +1,167 @@
+"""What keeps those that are left one graph, whoever is gone: lost ranks, and those that have finished.
+
+If the topology without them is not strongly connected, the others are joined by a ring as well: each sends to the next
+rank that is there, too. Every rank finds this out for itself, from the roster and the topology. For a time their
+rosters differ; then a message may come from a rank that this one does not expect, and is not taken, or one may be
+missing.
+
+An edge of that ring is a mailbox as between nodes, with numbers, checksums and answers (`background`): a slot and a
+word for the answer on each rank, in a window of their own. It bears two that write to one slot at once, each of which
+takes itself for the one before it: what is torn is not taken, and sent again. Where all ranks share memory the
+learner itself carries these messages, else the courier.
+
+    word     written by                                     read by
+    slot     the rank before, in the ring: stores or a Put  this rank, into a copy
+    answer   the rank after it: a store or a Put            this rank
+
+Numbers rise over all ranks that this one sends to, so that the answer of an earlier one is none to a later message.
+
+Growth: a slot and a word in the window, whatever the number of ranks, of which no page is touched before it is used;
+beside that three snapshots for each rank that is sent to, and three copies for each that is heard.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gala_mpi.gossip.background import BackgroundInbox, BackgroundOutbox, End, lay_out
+from gala_mpi.gossip.courier import Courier, Peer
+from gala_mpi.gossip.roster import Roster
+from gala_mpi.gossip.topology import Topology
+from gala_mpi.mpi.room import place_of_windows, room
+from gala_mpi.mpi.window import PAGE_BYTES, Window, library_version
+
+if TYPE_CHECKING:
+    from mpi4py.MPI import Intracomm
+
+AnyEnd = TypeVar("AnyEnd", bound=End)
+log = logging.getLogger(__name__)
+
+
+class Survivors:
+    """This rank's part in that ring. Making and freeing it are collective; all else is local."""
+
+    def __init__(self, comm: Intracomm, courier: Courier, topology: Topology, nbytes: int, roster: Roster) -> None:
+        self._rank, self._courier, self._topology, self._roster = comm.rank, courier, topology, roster
+        self._version, self._number = roster.version, 0
+        (self._slot,), (self._answer,), total_bytes = lay_out([nbytes], 1)
+        self._nbytes = nbytes
+        shared = len(set(courier.leaders)) == 1 and not courier.needed
+        # The answer's page, and that in which the slot begins with its header.
+        self._window = Window(comm, total_bytes, shared=shared, cleared_bytes=2 * PAGE_BYTES)
+        self._place = place_of_windows(library_version(), os.environ) if shared else None
+        self._peers: dict[int, Peer] = {}
+        self._outboxes: dict[int, BackgroundOutbox] = {}
+        self._inboxes: dict[int, BackgroundInbox] = {}
+        self.outbox: BackgroundOutbox | None = None
+        """To the next rank that is there, if it is one that this one does not send to anyway."""
+        self.inbox: BackgroundInbox | None = None
+        """From the one before, likewise."""
+        self.source: int | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of all ranks that is there, this one included."""
+        gone = self._roster.gone
+        return 1 - (int(gone.sum()) - bool(gone[self._rank])) / len(gone)
+
+    def look(self) -> bool:
+        """Follow the roster, and carry what the courier does not; whether the ring has changed."""
+        if not self._courier.needed:
+            for peer in self._peers.values():
+                peer.carry()
+        if self._version == self._roster.version:
+            return False
+        self._version = self._roster.version
+        before, after = ring_neighbours(self._topology, self._rank, self._roster.gone)
+        if (before, after) == (self.source, None if self.outbox is None else self.outbox.target):
+            return False
+        self._turn_to(before, after)
+        return True
+
+    def _turn_to(self, before: int | None, after: int | None) -> None:
+        """Hear the rank `before`, and send to the rank `after`, beside the topology's; None for none."""
+        if self.outbox is not None:
+            self._number = self.outbox.end()
+        self.source, self.inbox, self.outbox = before, None, None
+        for rank, inbox in self._inboxes.items():
+            inbox.heeded = rank == before
+        if before is not None:
+            if before not in self._inboxes:
+                inbox = BackgroundInbox(self._window, before, self._slot, self._answer, self._nbytes)
+                self._inboxes[before] = self._add(inbox, before)
+            self.inbox = self._inboxes[before]
+        if after is not None and self._has_room():
+            if after not in self._outboxes:
+                outbox = BackgroundOutbox(self._window, after, self._slot, self._answer, self._nbytes)
+                self._outboxes[after] = self._add(outbox, after)
+            self.outbox = self._outboxes[after]
+            self.outbox.begin_at(self._number)
+            log.warning("ranks that are gone have cut the topology: this rank sends to rank %d too", after)
+
+    def _add(self, end: AnyEnd, peer: int) -> AnyEnd:
+        if self._courier.needed:
+            return self._courier.add(end, peer)
+        known = self._peers.setdefault(peer, Peer(peer, None))
+        known.add(end)
+        return end
+
+    def _has_room(self) -> bool:
+        """Whether a slot that may never have been written can be: where there is no room, a store ends the process."""
+        if self._place is None:
+            return True
+        found = room(self._place)
+        enough = found is None or found.free > len(self._roster.gone) * self._nbytes
+        if not enough:
+            log.warning("ranks that are gone have cut the topology, and %s is too full to mend it", self._place)
+        return enough
+
+    def free(self) -> None:
+        """Free the window. Collective."""
+        self._window.free()
+
+
+def ring_neighbours(topology: Topology, rank: int, gone: npt.NDArray[np.bool_]) -> tuple[int | None, int | None]:
+    """The ranks before and after this one in the ring of those that are there, where the topology does not serve.
+
+    None where it does: those that are there are strongly connected without it, or the edge is the topology's own.
+    """
+    here = np.flatnonzero(~gone)
+    there = here[here != rank]
+    if not len(there) or is_one_graph(topology, gone, rank):
+        return None, None
+    after = int(there[np.searchsorted(there, rank) % len(there)])
+    before = int(there[np.searchsorted(there, rank) - 1])
+    return (
+        None if before in topology.in_neighbours(rank) else before,
+        None if after in topology.out_neighbours(rank) else after,
+    )
+
+
+def is_one_graph(topology: Topology, gone: npt.NDArray[np.bool_], rank: int) -> bool:
+    """Whether news goes from each rank that is there to each other, by others that are there. `rank` is one of them.
+
+    Takes time of all their edges, but ends as soon as all are reached.
+    """
+    there = ~gone
+    there[rank] = True
+    return all(_reached(there, rank, ask) for ask in (topology.out_neighbours, topology.in_neighbours))
+
+
+def _reached(there: npt.NDArray[np.bool_], rank: int, ask: Callable[[int], Sequence[int]]) -> bool:
+    left = there.copy()
+    left[rank] = False
+    waiting, missing = [rank], int(left.sum())
+    while waiting and missing:
+        for other in ask(waiting.pop()):
+            if left[other]:
+                left[other] = False
+                missing -= 1
+                waiting.append(other)
+    return not missing
