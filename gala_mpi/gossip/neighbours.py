@@ -15,12 +15,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from gala_mpi.gossip.background import BackgroundInbox
-from gala_mpi.gossip.mailbox import Inbox, Message
 from gala_mpi.gossip.rules import Weights
 from gala_mpi.gossip.topology import mixing_weights
+
+if TYPE_CHECKING:
+    from gala_mpi.gossip.background import BackgroundInbox
+    from gala_mpi.gossip.mailbox import Inbox, Message
 
 # The share of the timeout that the time between two looks counts for at most: a rank is lost after five of them.
 MOST_OF_PATIENCE = 0.25
@@ -59,7 +61,7 @@ class InNeighbour:
         return message
 
 
-Taken: TypeAlias = tuple[InNeighbour, Message]
+Taken: TypeAlias = "tuple[InNeighbour, Message]"
 
 
 class InNeighbours:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gala_mpi.gossip import neighbours
-from gala_mpi.gossip.mailbox import Inbox
 from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours
 
 TIMEOUT_S = 60.0
@@ -31,7 +31,8 @@ class Rank:
         monkeypatch.setattr(neighbours.time, "monotonic", lambda: self.now_s)
         self.heard, self.silent = Mailbox(), Mailbox()
         self.heard.holds = True
-        self.all = [InNeighbour(rank, cast(Inbox, box)) for rank, box in enumerate((self.heard, self.silent))]
+        self.boxes: list[Any] = [self.heard, self.silent]
+        self.all = [InNeighbour(rank, box) for rank, box in enumerate(self.boxes)]
         self.looks = InNeighbours(self.all, TIMEOUT_S, [{0: 0.3, 1: 0.3}])
 
     def look_after(self, passed_s: float) -> list[bool]:
@@ -84,3 +85,26 @@ def test_long_updates_add_up(rank: Rank, update_s: float) -> None:
     rank.look_after(0.0)
     lost = [rank.look_after(update_s)[1] for _ in range(5)]
     assert lost == [False] * 4 + [True]
+
+
+def test_the_weight_of_who_stands_in_is_half_of_what_is_left(rank: Rank) -> None:
+    """It is heard beside the others, and nobody waits for it."""
+    stand_in: Any = InNeighbour(7, Mailbox())  # type: ignore[arg-type]
+    rank.looks.stand_in(stand_in)
+    message = SimpleNamespace(update=1)
+    usual: Any = [(neighbour, message) for neighbour in rank.all]
+    assert rank.looks.weights(usual) == [0.3, 0.3]
+    assert rank.looks.weights([*usual, (stand_in, message)]) == pytest.approx([0.3, 0.3, 0.2])
+    assert rank.looks.weights([(stand_in, message)]) == [0.5]
+    assert rank.looks.look() == (False, 1)
+    rank.silent.holds = True
+    assert rank.looks.look() == (True, 0)
+    rank.heard.holds = rank.silent.holds = False
+    stand_in.inbox.holds = True
+    rank.looks.look()
+    while rank.looks.look()[1]:
+        rank.now_s += 10.0
+    # All others are lost.
+    assert rank.looks.look() == (True, 0)
+    rank.looks.stand_in(None)
+    assert rank.looks.look() == (False, 0)

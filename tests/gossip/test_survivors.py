@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import mpi4py
 import numpy as np
 import pytest
 from cluster import Cluster
@@ -13,10 +12,8 @@ from conftest import Mpi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-mpi4py.rc.initialize = False
-
-from gala_mpi.gossip.survivors import is_one_graph, ring_neighbours  # noqa: E402
-from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology  # noqa: E402
+from gala_mpi.gossip.connectivity import is_one_graph, ring_neighbours
+from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology
 
 PROGRAM = str(Path(__file__).parent / "programs" / "survivors.py")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -342,6 +343,15 @@ def test_the_learning_rate_rises_to_the_scaled_one(scaled: float, warmup: int, e
     learner.forget()
     learner.update(collector.collect(), 0.0, measure=False)
     assert taken == pytest.approx([*expected, expected[0]])
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("sqrt", 0.5), ("effective", 0.5), ("none", 1.0)])
+def test_a_scaled_learning_rate_follows_the_ranks_that_are_there(scaling: Any, factor: float) -> None:
+    config = LearnerConfig(learning_rate=1e-3, learning_rate_warmup=0, learning_rate_scaling=scaling)
+    learner = Learner(FlatParameters(torch.nn.Linear(1, 1)), config, 2e-3)
+    assert learner._rate_at(0.0) == 2e-3
+    learner.share = 0.25
+    assert learner._rate_at(0.0) == pytest.approx(2e-3 * factor)
 
 
 def test_the_gradient_is_averaged_before_it_is_clipped() -> None:
