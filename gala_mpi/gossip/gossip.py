@@ -27,20 +27,19 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
 from gala_mpi import _native
+from gala_mpi.gossip.consensus import distance_to_mean, mean_of_all
 from gala_mpi.gossip.courier import Courier
+from gala_mpi.gossip.flat import Flat, FlatArray
 from gala_mpi.gossip.mailbox import About, Delivery, Message
 from gala_mpi.gossip.mailboxes import Mailboxes
 from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours, Taken
-from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.gossip.roster import Roster
 from gala_mpi.gossip.shared_topology import known_here, told_by_rank_0
 from gala_mpi.gossip.survivors import Survivors
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mpi4py.MPI import Intracomm, Request
+    from torch import nn
 
 WIRES = ("float32", "bfloat16", "float16")
 ALLOWED = {
@@ -102,13 +102,14 @@ class Gossip:
     False) are taken from rank 0, and then left alone.
 
     model: its trained parameters become views into one flat buffer (`FlatParameters`), the Parameter objects stay:
-    an optimiser may be made before or after. What moves or converts the model comes before. topology: a name, or a
+    an optimiser may be made before or after. What moves or converts the model comes before. Or a NumPy array of
+    float32 values, of any shape, which then stays where it is: no torch is needed. topology: a name, or a
     Topology over comm.size ranks. wire: type of the parameters under way. max_staleness: updates without a mix
     after which a step waits for messages; None never waits. neighbour_timeout_s: silence after which an in-neighbour
     is left out until it is heard again. delivery: auto, inline or background, or a Courier to share. on_divergence:
     whether a rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError. while_waiting:
     called again and again while a step waits for messages; it must not wait itself. roster: one to share, by which
-    somebody else comes.
+    somebody else comes. broadcast: False leaves each rank its own parameters, as after a restart.
 
     Raises DisagreementError (a ValueError), on all ranks, if one of them was given a model or an option that cannot
     be used, or another one than rank 0. Raises NoRoomError (a MemoryError), on all ranks, if the shared memory of some
@@ -119,7 +120,7 @@ class Gossip:
 
     def __init__(
         self,
-        model: nn.Module | FlatParameters,
+        model: nn.Module | npt.NDArray[np.float32] | Flat,
         comm: Intracomm,
         topology: str | Topology = "auto",
         *,
@@ -130,6 +131,7 @@ class Gossip:
         on_divergence: Literal["adopt", "stop"] = "adopt",
         while_waiting: Callable[[], None] = lambda: None,
         roster: Roster | None = None,
+        broadcast: bool = True,
     ) -> None:
         options: dict[str, object] = {
             "wire": wire,
@@ -137,11 +139,12 @@ class Gossip:
             "neighbour_timeout_s": neighbour_timeout_s,
             "delivery": delivery if isinstance(delivery, str) else "auto",
             "on_divergence": on_divergence,
+            "broadcast": broadcast,
         }
         self._flat, known = alike_on_all_ranks(comm, lambda: _prepare(model, topology, comm, options))
         graph = told_by_rank_0(topology, known, comm) if isinstance(topology, str) else topology
-        # The training loop hands over flat parameters that nobody else changes.
-        self._model = None if isinstance(model, FlatParameters) else model
+        # Others hand over what stays where it is.
+        self._model = model if self._flat is not model and not isinstance(model, np.ndarray) else None
         self._closed = False
         # What is under way here, after a close that timed out too, meets nothing of the user's.
         self._comm, self._wire = comm.Dup(), WIRES.index(wire)
@@ -152,7 +155,8 @@ class Gossip:
         self._warned_of_range = False
         self._update = self._agent_steps = 0
         self.counters = ExchangeCounters()
-        share_parameters(self._flat, self._comm)
+        if broadcast:
+            share_parameters(self._flat, self._comm)
         self._own_courier = Courier(self._comm, delivery) if isinstance(delivery, str) else None
         courier: Courier = self._own_courier or delivery  # type: ignore[assignment]
         self._courier = courier
@@ -199,7 +203,7 @@ class Gossip:
         if self._closed:
             raise RuntimeError("the exchange is closed")
         if self._model is not None:
-            self._flat.check(self._model)
+            self._flat.check(self._model)  # type: ignore[attr-defined]
         self._update, self._agent_steps = self._update + 1, agent_steps
         with self.counters.timed():
             self._courier.check()
@@ -248,6 +252,33 @@ class Gossip:
         self._update = update
         for neighbour in self.in_neighbours:
             neighbour.update = heard.get(neighbour.rank, neighbour.update)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart goes on from, beside the model's own state: plain numbers. Local."""
+        heard = {neighbour.rank: neighbour.update for neighbour in self.in_neighbours}
+        return {"update": self._update, "counters": asdict(self.counters), "heard": heard}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, on this rank or on another one. Local."""
+        # Through JSON ranks become strings.
+        self.go_on_from(state["update"], {int(rank): update for rank, update in state["heard"].items()})
+        self.counters = ExchangeCounters(**state["counters"])
+
+    def average(self, timeout_s: float = 600.0) -> None:
+        """Give all ranks the mean of their parameters, at the end of a run, say. Collective.
+
+        Raises TimeoutError if some rank does not come within `timeout_s` seconds.
+        """
+        state = self._flat.host()
+        state[:] = mean_of_all(state, self._comm, timeout_s)
+        self._flat.store_host()
+
+    def consensus_distance(self, timeout_s: float = 600.0) -> float:
+        """How far ranks are apart: the root mean square of their L2 distances to the mean of all. Collective.
+
+        Raises TimeoutError if some rank does not come within `timeout_s` seconds.
+        """
+        return distance_to_mean(self._flat.host(), self._comm, timeout_s)
 
     def give_up(self) -> None:
         """The others do not wait for this rank for ever."""
@@ -449,10 +480,14 @@ class Gossip:
         return False
 
 
-def share_parameters(flat: FlatParameters, comm: Intracomm) -> None:
+def share_parameters(flat: Flat, comm: Intracomm) -> None:
     """Give every rank the parameters of rank 0, those that are frozen too. Collective."""
     comm.Bcast(flat.host(), root=0)
     flat.store_host()
+    if not flat.frozen:
+        return
+    import torch
+
     for parameter in flat.frozen:
         values = parameter.detach().cpu().contiguous()
         comm.Bcast(values.reshape(-1).view(torch.uint8).numpy(), root=0)
@@ -460,8 +495,11 @@ def share_parameters(flat: FlatParameters, comm: Intracomm) -> None:
 
 
 def _prepare(
-    model: nn.Module | FlatParameters, topology: str | Topology, comm: Intracomm, options: dict[str, object]
-) -> tuple[tuple[FlatParameters, Topology | None], dict[str, object]]:
+    model: nn.Module | npt.NDArray[np.float32] | Flat,
+    topology: str | Topology,
+    comm: Intracomm,
+    options: dict[str, object],
+) -> tuple[tuple[Flat, Topology | None], dict[str, object]]:
     """What is made of the arguments without a message, and the facts that all ranks must share.
 
     Raises ValueError, and ConfigError for a topology that is none. Local.
@@ -478,7 +516,7 @@ def _prepare(
     if graph is not None and graph.size != comm.size:
         raise ValueError(f"topology: {graph.name!r} is one of {graph.size} ranks; expected one of {comm.size}")
     told = isinstance(topology, str) and topology not in TOPOLOGIES
-    flat = model if isinstance(model, FlatParameters) else FlatParameters(model, gradients=False)
+    flat = _flat(model)
     facts = {
         "the number of trained parameters": flat.size,
         "the layout of the model's parameters (digest)": _digest(flat.layout),
@@ -486,6 +524,17 @@ def _prepare(
         "the edges of the topology (digest)": "as rank 0 reads them" if told or graph is None else graph.digest,
     }
     return (flat, graph), facts | options
+
+
+def _flat(model: nn.Module | npt.NDArray[np.float32] | Flat) -> Flat:
+    if isinstance(model, np.ndarray):
+        return FlatArray(model)
+    if hasattr(model, "store_host"):
+        return cast(Flat, model)
+    # Not at the top: NumPy arrays need no torch, of which each rank's import takes more than a second.
+    from gala_mpi.gossip.parameters import FlatParameters
+
+    return FlatParameters(cast("nn.Module", model), gradients=False)
 
 
 def _digest(value: object) -> str:

@@ -100,7 +100,9 @@ class Survivors:
                 self._outboxes[after] = self._add(outbox, after)
             self.outbox = self._outboxes[after]
             self.outbox.begin_at(self._number)
-            log.warning("ranks that are gone have cut the topology: this rank sends to rank %d too", after)
+            # Towards the end of a run ranks finish one after another: that is nothing to tell.
+            level = logging.WARNING if self._roster.lost.any() else logging.DEBUG
+            log.log(level, "ranks that are gone have cut the topology: this rank sends to rank %d too", after)
 
     def _add(self, end: AnyEnd, peer: int) -> AnyEnd:
         if self._courier.needed:

@@ -18,10 +18,11 @@ import numpy as np
 from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.roster import FINISHED, Roster
 from gala_mpi.gossip.shared_rows import ROW_BYTES
-from gala_mpi.learning.environments import Episode
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
+
+    from gala_mpi.learning.environments import Episode
 
 # Of all ranks together, or a few more.
 RECENT_EPISODES = 100

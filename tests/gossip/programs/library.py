@@ -10,10 +10,11 @@ With --raise the last rank raises in the middle of its loop, which has to end th
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -402,6 +403,53 @@ def a_close_that_timed_out_leaves_the_communicator_alone_and_may_be_called_again
         gossip.step()
 
 
+def a_restart_goes_on_from_what_each_rank_had() -> None:
+    model = rank_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gala_mpi.Gossip(model, COMM) as gossip:
+        for _ in range(5):
+            learn(model, optimizer)
+            gossip.step()
+        saved = json.loads(json.dumps(gossip.state_dict()))
+    before = vector(model)
+    # Ranks have parameters of their own, and so they stay.
+    assert SIZE == 1 or not (on_all(model) == before).all()
+    again = rank_model(seed=1)
+    again.load_state_dict(model.state_dict())
+    with gala_mpi.Gossip(again, COMM, broadcast=False) as gossip:
+        gossip.load_state_dict(saved)
+        assert (vector(again) == before).all()
+        assert json.dumps(gossip.state_dict()) == json.dumps(saved)
+        assert (gossip.counters.messages_sent > 0) == (SIZE > 1)
+        gossip.step()
+        assert gossip.state_dict()["update"] == 6
+    with raises(gala_mpi.DisagreementError, "broadcast") if SIZE > 1 else nullcontext():
+        gala_mpi.Gossip(rank_model(), COMM, broadcast=RANK == 0).close()
+
+
+def the_mean_of_all_ranks_is_the_mean_and_they_are_apart_from_it_by_the_distance() -> None:
+    for wire in ("float32", "bfloat16"):
+        model = rank_model()
+        expected = on_all(model)
+        with gala_mpi.Gossip(model, COMM, wire=wire, broadcast=False) as gossip:
+            apart = np.sqrt(np.square(expected - expected.mean(0)).sum(1).mean())
+            assert np.isclose(gossip.consensus_distance(), apart, rtol=1e-5)
+            gossip.average()
+            assert np.allclose(vector(model), expected.mean(0), rtol=0, atol=1e-6)
+            assert (on_all(model) == vector(model)).all()
+            assert gossip.consensus_distance() < 1e-5
+
+
+def an_array_is_gossiped_as_it_is() -> None:
+    values = np.full((3, 5), RANK, np.float32)
+    with gala_mpi.Gossip(values, COMM, "complete", max_staleness=0, broadcast=False) as gossip:
+        gossip.step()
+        assert np.allclose(COMM.allgather(values), LAST / 2)
+    for wrong in (values.astype(float), np.zeros(0, np.float32), values.T):
+        with raises(gala_mpi.DisagreementError, "expected float32, not empty, contiguous and writable"):
+            gala_mpi.Gossip(wrong, COMM)
+
+
 SCENARIOS: tuple[Callable[[], None], ...] = (
     all_ranks_start_from_what_rank_0_has,
     an_optimiser_may_be_made_before_or_after,
@@ -418,6 +466,9 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
     two_models_can_be_gossiped_at_once,
     closing_is_done_once_and_ends_the_exchange,
     a_close_that_timed_out_leaves_the_communicator_alone_and_may_be_called_again,
+    a_restart_goes_on_from_what_each_rank_had,
+    the_mean_of_all_ranks_is_the_mean_and_they_are_apart_from_it_by_the_distance,
+    an_array_is_gossiped_as_it_is,
 )
 
 

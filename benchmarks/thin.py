@@ -1,0 +1,283 @@
+"""Thin ranks: the real exchange and board, with a stand-in for learner and simulators, so that 256 run on two cores.
+
+    python benchmarks/thin.py --ranks 256 --kill 1 --kill 8 --kill 32 --out benchmarks/results/thin-256.json
+
+A thin rank has no torch and no environment. It sleeps for a time that it draws, adds noise of one size to its
+parameters, as an optimiser's step does, and then does what a rank of `gala-mpi train` does: `Gossip.step` and
+`Board.report`. So what is measured is start-up, memory, mixing, the board, and what lost ranks do to all that. What a
+step costs is not: there are more ranks than cores.
+
+This script starts the ranks by mpirun, and is told by files what they do. At some instants all ranks write down their
+parameters; their distance to their mean is the consensus distance. `--kill N` kills N ranks in a row (ranks of one
+"node", if they are numbered by nodes), after the first of which it waits until all that live have noticed. The ranks
+end by themselves and with exit code 3 if some were killed, as training does.
+
+The mean distance of independent ranks would grow without bound; that of an all-reduce is 0. Consensus distances are in
+units of the noise of a step: sqrt(sum of squares / parameters) / step noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LOST = 3
+LOOK_EVERY_S = 0.2
+
+
+def thin(args: argparse.Namespace) -> int:
+    """One rank."""
+    from mpi4py import MPI
+
+    from gala_mpi.gossip.courier import Courier
+    from gala_mpi.gossip.gossip import Gossip
+    from gala_mpi.mpi.waiting import wait_until
+    from gala_mpi.train.board import Board
+
+    comm, folder = MPI.COMM_WORLD, args.folder
+    rng = np.random.default_rng([args.seed, comm.rank])
+    values = np.zeros(args.parameters, np.float32)
+    courier = Courier(comm)
+    board = Board(comm, courier, args.timeout_s)
+    gossip = Gossip(
+        values, comm, args.topology, neighbour_timeout_s=args.timeout_s, delivery=courier,
+        while_waiting=board.come_by, roster=board.roster,
+    )  # fmt: skip
+    told: set[str] = set()
+    update, first_mix_s, looked_at_s = 0, None, 0.0
+
+    def tell(name: str, facts: dict[str, Any]) -> None:
+        scratch = folder / f".{name}-{comm.rank}"
+        scratch.write_text(json.dumps(facts))
+        scratch.rename(folder / f"{name}-{comm.rank}.json")
+
+    tell("pid", {"pid": os.getpid(), "time_s": time.time(), "topology": gossip.topology.name})
+    while "stop" not in told:
+        time.sleep(rng.uniform(0.5, 1.5) * args.update_s)
+        values += rng.normal(0.0, 1.0, args.parameters).astype(np.float32)
+        update += 1
+        gossip.step(update)
+        board.report(update, update, gossip.counters.staleness)
+        if first_mix_s is None and gossip.counters.messages_mixed:
+            first_mix_s = time.time()
+        if time.monotonic() - looked_at_s < LOOK_EVERY_S:
+            continue
+        looked_at_s = time.monotonic()
+        # What was told of an order has its name too.
+        for path in folder.glob("order-*"):
+            if path.name in told or path.suffix:
+                continue
+            told.add(path.name)
+            told.add(path.name.split("-")[2])
+            counters = gossip.counters
+            facts = {"update": update, "mixed": counters.messages_mixed, "sent": counters.messages_sent}
+            facts |= {"first_mix_s": first_mix_s, "lost": len(board.lost), "exchange_s": counters.exchange_s}
+            facts |= {"in_neighbours": len(gossip.in_neighbours), "detour": gossip.detour, **memory()}
+            np.save(folder / f"{path.name}-{comm.rank}.npy", values)
+            tell(path.name, facts)
+    board.finish()
+    gossip.finish()
+
+    def done() -> bool:
+        board.come_by()
+        return board.all_done
+
+    wait_until(done, 10 * args.timeout_s)
+    tell("end", {"code": LOST if board.lost else 0})
+    if board.lost:
+        # What is collective does not end any more, as in training.
+        sys.stdout.flush()
+        os._exit(LOST)
+    board.meet()
+    met = comm.Ibarrier()
+
+    def together() -> bool:
+        board.come_by()
+        return bool(met.Test())
+
+    wait_until(together, 10 * args.timeout_s)
+    courier.free()
+    gossip.free()
+    board.free()
+    return 0
+
+
+def memory() -> dict[str, int]:
+    """Resident memory of this process, and its part of what is shared among processes, in bytes."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return {"rss_bytes": 1024 * kib["Rss"], "pss_bytes": 1024 * kib["Pss"]}
+
+
+class Job:
+    """Thin ranks under mpirun, as this script sees them."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self._args, self._folder, self._orders = args, folder, 0
+        self.dead: set[int] = set()
+        beside = Path(sys.executable).parent / "mpirun"
+        launcher = str(beside) if beside.exists() else shutil.which("mpirun")
+        if launcher is None:
+            sys.exit("no mpirun beside this Python or on the PATH")
+        about = subprocess.run([launcher, "--version"], capture_output=True, text=True, check=True).stdout
+        self._open_mpi = "Open MPI" in about or "OpenRTE" in about
+        options = ["--oversubscribe", "--enable-recovery"] if self._open_mpi else ["-disable-auto-cleanup"]
+        outlive = Path(__file__).resolve().parent.parent / "jobs" / "outlive.sh"
+        command = [launcher, *options, "-n", str(args.ranks)]
+        command += [] if self._open_mpi else ["sh", str(outlive)]
+        command += [sys.executable, __file__, "--thin", "--folder", str(folder), *passed_on(args)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self.begun_s = time.time()
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def gather(self, name: str, deadline_s: float) -> dict[int, dict[str, Any]]:
+        """What all that live have told under this name."""
+        end = time.monotonic() + deadline_s
+        found: dict[int, dict[str, Any]] = {}
+        while True:
+            ended = self.process.poll() is not None or time.monotonic() > end
+            for path in self._folder.glob(f"{name}-*.json"):
+                rank = int(path.stem.rsplit("-", 1)[1])
+                if rank not in found and rank not in self.dead:
+                    found[rank] = json.loads(path.read_text())
+            if len(found) == self._args.ranks - len(self.dead):
+                return found
+            if ended:
+                self.end()
+                sys.exit(f"{name}: {len(found)} of {self._args.ranks - len(self.dead)} ranks within {deadline_s:g} s")
+            time.sleep(0.2)
+
+    def order(self, what: str, deadline_s: float) -> tuple[dict[int, dict[str, Any]], float]:
+        """All that live look, and tell: their facts, and the consensus distance."""
+        self._orders += 1
+        name = f"order-{self._orders}-{what}"
+        (self._folder / name).touch()
+        facts = self.gather(name, deadline_s)
+        vectors = np.array([np.load(self._folder / f"{name}-{rank}.npy") for rank in facts])
+        return facts, float(np.sqrt(np.mean(np.square(vectors - vectors.mean(axis=0)))))
+
+    def kill(self, number: int, pids: dict[int, int]) -> None:
+        """Kill so many ranks in a row, from a quarter of those that live on."""
+        living = sorted(pids.keys() - self.dead)
+        for rank in living[len(living) // 4 :][:number]:
+            os.kill(pids[rank], signal.SIGKILL)
+            self.dead.add(rank)
+
+    def end(self) -> None:
+        """Whatever goes on."""
+        if self.process.poll() is None:
+            # Of the launcher's own group; ranks may have others, and end when they find nobody to hear them.
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def passed_on(args: argparse.Namespace) -> list[str]:
+    """Arguments that ranks need too."""
+    names = ("parameters", "topology", "update_s", "timeout_s", "seed")
+    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One job; prints what it finds as it goes on."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        job = Job(args, folder)
+        try:
+            return observe(job, args)
+        finally:
+            job.end()
+
+
+def observe(job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """What a job does, from its start to its end."""
+    started = job.gather("pid", args.deadline_s)
+    pids = {rank: facts["pid"] for rank, facts in started.items()}
+    start_s = max(facts["time_s"] for facts in started.values()) - job.begun_s
+    print(f"{args.ranks} ranks, {started[0]['topology']}: all have started within {start_s:.1f} s", flush=True)
+    acts: list[dict[str, Any]] = []
+    for number in (0, *args.kill):
+        job.kill(number, pids)
+        # Until all that live know of all that do not, and have gone on from there.
+        end = time.monotonic() + args.deadline_s
+        while True:
+            time.sleep(args.settle_s)
+            facts, distance = job.order("look", args.deadline_s)
+            if all(f["lost"] == len(job.dead) and f["mixed"] > 0 for f in facts.values()) or time.monotonic() > end:
+                break
+        time.sleep(args.settle_s)
+        distances = [job.order("look", args.deadline_s)[1] for _ in range(args.looks)]
+        facts, distance = job.order("look", args.deadline_s)
+        distances.append(distance)
+        acts.append(act(number, facts, distances))
+        print(json.dumps(acts[-1]), flush=True)
+    job.order("stop", args.deadline_s)
+    codes = {facts["code"] for facts in job.gather("end", args.deadline_s).values()}
+    # Of the codes of all ranks, killed ones among them, launchers make one each in their way.
+    job.process.wait(args.deadline_s)
+    first_mix_s = max(f["first_mix_s"] for f in facts.values()) - job.begun_s
+    about = {"ranks": args.ranks, "topology": started[0]["topology"], "start_s": round(start_s, 1)}
+    return {**about, "first_mix_of_all_s": round(first_mix_s, 1), "acts": acts, "exit_codes": sorted(codes)}
+
+
+def act(killed: int, facts: dict[int, dict[str, Any]], distances: list[float]) -> dict[str, Any]:
+    """What was seen after so many were killed."""
+    per_update = [f["mixed"] / f["update"] for f in facts.values()]
+    return {
+        "killed": killed,
+        "living": len(facts),
+        "know_of_all_lost": sum(f["lost"] == max(g["lost"] for g in facts.values()) for f in facts.values()),
+        "consensus_distance": round(statistics.median(distances), 3),
+        "consensus_distances": [round(distance, 3) for distance in distances],
+        "mixed_per_update": round(statistics.mean(per_update), 3),
+        "least_mixed_per_update": round(min(per_update), 3),
+        "sent_per_update": round(statistics.mean(f["sent"] / f["update"] for f in facts.values()), 3),
+        "detours": sum(f["detour"] != [None, None] for f in facts.values()),
+        "rss_mib": round(statistics.mean(f["rss_bytes"] for f in facts.values()) / 2**20, 1),
+        "pss_mib": round(statistics.mean(f["pss_bytes"] for f in facts.values()) / 2**20, 1),
+    }
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=32)
+    parser.add_argument(
+        "--kill", type=int, action="append", default=[], help="so many more ranks, one act after another"
+    )
+    parser.add_argument("--topology", default="auto")
+    parser.add_argument("--parameters", type=int, default=1000)
+    parser.add_argument("--update-s", type=float, default=0.5, help="mean sleep of an update")
+    parser.add_argument("--timeout-s", type=float, default=20.0, help="silence after which a rank is lost")
+    parser.add_argument("--settle-s", type=float, default=20.0, help="between acts, before distances are taken")
+    parser.add_argument("--looks", type=int, default=4, help="distances of an act, beside the last")
+    parser.add_argument("--deadline-s", type=float, default=300.0, help="of whatever is waited for")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    parser.add_argument("--thin", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.thin:
+        return thin(args)
+    found = measure(args)
+    print(json.dumps({key: value for key, value in found.items() if key != "acts"}), flush=True)
+    if args.out is not None:
+        machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, shared with other work"
+        command = "python " + " ".join(sys.argv)
+        args.out.write_text(json.dumps({"command": command, "machine": machine, **found}, indent=1) + "\n")
+    return int(found["exit_codes"] != [LOST if args.kill else 0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
