@@ -291,8 +291,8 @@ def test_a_silent_neighbour_is_lost_and_found_again(mpi: Mpi, tmp_path: Path) ->
     neighbours, table = rows(run, 2, "neighbours"), rows(run, 2, "updates")
     lost = neighbours["lost"].astype(bool)
     assert lost.any() and not lost[-1]
-    # While its neighbour was silent rank 2 went on without it: with rank 0, as the two are one graph. It mixes again with
-    # its neighbour at the end.
+    # While its neighbour was silent rank 2 went on without it, and mixed with rank 0: the two are one graph. In the end
+    # it mixes with its neighbour again.
     assert neighbours["staleness"].max() > 20
     begin_s, end_s = neighbours["time_s"][lost][[0, -1]]
     without = table[(table["time_s"] >= begin_s) & (table["time_s"] <= end_s)]
