@@ -13,7 +13,7 @@ from conftest import ROOT
 def test_thin_ranks_mix_lose_one_and_end(tmp_path: Path) -> None:
     out = tmp_path / "thin.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "thin.py"), "--ranks", "4", "--kill", "1", "--out", str(out)]
-    command += ["--update-s", "0.02", "--timeout-s", "4", "--settle-s", "2", "--looks", "1", "--topology", "ring"]
+    command += ["--update-s", "0.02", "--timeout-s", "8", "--settle-s", "2", "--looks", "1", "--topology", "ring"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
