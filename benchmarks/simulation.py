@@ -98,7 +98,7 @@ def gossip(
             continue
         total += 1
         done[rank] += 1
-        if all(fresh[rank]):
+        if any(fresh[rank]):
             fresh[rank] = [False] * len(fresh[rank])
             mixed += 1
             since[rank] = 0

@@ -6,8 +6,8 @@ In step, every message arrives at once: the spectral gap and the effective neigh
 those of an update, in a mean over the period. Bytes are those of Pong's network in float32.
 
 Out of step, ranks take noise and mix at times of their own, as they do in a run: an update lasts 1 in the mean, with a
-spread of 20 % from update to update and 10 % from rank to rank. A mailbox holds the newest message. A graph that stays
-the same mixes when each in-neighbour has left one; one with a period mixes whatever has come, by `mixing_weights`.
+spread of 20 % from update to update and 10 % from rank to rank. A mailbox holds the newest message. A rank mixes what
+has come, by `mixing_weights`. What other ways to mix would give is told by benchmarks/waiting.py.
 
 A message that has waited lacks what its sender, and its receiver, have learned since. So ranks get on more slowly
 than one alone would: `progress` is what is left of a step that all ranks take at each update. Noise and its decay are
@@ -41,6 +41,8 @@ COLUMNS = 64
 # Updates that are left out, until variance and drift have come to their heights, and those that are counted.
 BEFORE, COUNTED = 1000, 500
 UPDATE_SPREAD, RANK_SPREAD = 0.2, 0.1
+# The rank that is slow or silent, where one is.
+APART = 3
 
 
 def placed(name: str, size: int) -> tuple[Topology, list[str]]:
@@ -70,55 +72,83 @@ def in_step(name: str, size: int) -> dict[str, Any]:
     }
 
 
-def out_of_step(topology: Topology, rng: np.random.Generator) -> tuple[float, float]:
-    """Effective neighbours of ranks that go on at times of their own, and their progress."""
+def out_of_step(
+    topology: Topology, rng: np.random.Generator, way: str = "come", case: str = "even"
+) -> dict[str, float]:
+    """Ranks that go on at times of their own. `way` and `case` are those of benchmarks/waiting.py."""
     size = topology.size
+    apart = min(APART, size - 1)
     speeds = rng.lognormal(0, RANK_SPREAD, size)
-    # The last column has no noise and keeps all: it counts the steps.
-    values = np.zeros((size, COLUMNS + 1))
-    kept = np.append(np.full(COLUMNS, np.sqrt(GAMMA)), 1.0)
-    updates = [0] * size
+    if case != "even":
+        speeds[:] = 1.0
+    if case == "half speed":
+        speeds[apart] = 2.0
+    # Noise that decays, a count of steps, and the data of each rank, which do not decay.
+    kept = np.append(np.full(COLUMNS, np.sqrt(GAMMA)), np.ones(1 + size))
+    values = np.zeros((size, len(kept)))
+    updates = np.zeros(size, int)
     rounds = [topology.rounds(rank) for rank in range(size)]
-    expected = [len(topology.in_neighbours(rank)) for rank in range(size)]
-    boxes: list[dict[int, tuple[int, np.ndarray]]] = [{} for _ in range(size)]
+    sources = [topology.in_neighbours(rank) for rank in range(size)]
+    silent = apart if case == "silent" else None
+    expected = [len(heard) for heard in sources]
+    boxes: list[dict[int, tuple[int, float, np.ndarray]]] = [{} for _ in range(size)]
     due = [(float(speeds[rank] * rng.random()), rank) for rank in range(size)]
     heapq.heapify(due)
-    variance = 0.0
-    seen, begun = 0, 0.0
+    others = [rank for rank in range(size) if rank != silent]
+    seen, mixes, variance, begun = 0, 0, 0.0, None
     while due[0][0] < BEFORE + COUNTED:
         now, rank = heapq.heappop(due)
         updates[rank] += 1
-        values[rank] = kept * values[rank] + np.append(rng.standard_normal(COLUMNS), 1.0)
+        step = np.zeros(len(kept))
+        step[:COLUMNS] = rng.standard_normal(COLUMNS)
+        step[COLUMNS] = step[COLUMNS + 1 + rank] = 1.0
+        values[rank] = kept * values[rank] + step
         box = boxes[rank]
-        taken = list(box.items()) if topology.rotating or len(box) == expected[rank] else []
-        for target in topology.targets(rank, updates[rank]):
-            boxes[target][rank] = (updates[rank], values[rank].copy())
+        ready = way != "all" or topology.rotating or len(box) == expected[rank]
+        taken = list(box.items()) if ready else []
+        if rank != silent:
+            for target in topology.targets(rank, int(updates[rank])):
+                boxes[target][rank] = (int(updates[rank]), now, values[rank].copy())
         if taken:
-            weights = mixing_weights(rounds[rank], [(source, update) for source, (update, _) in taken])
+            weights = mixing_weights(rounds[rank], [(source, update) for source, (update, _, _) in taken])
+            if way == "aged":
+                ages = [max((now - sent) / speeds[rank], 1.0) for _, (_, sent, _) in taken]
+                weights = [weight / age for weight, age in zip(weights, ages, strict=True)]
             values[rank] *= 1 - sum(weights)
-            for weight, (_, (_, message)) in zip(weights, taken, strict=True):
+            for weight, (_, (_, _, message)) in zip(weights, taken, strict=True):
                 values[rank] += weight * message
             box.clear()
-        if now > BEFORE:
-            begun = begun or float(values[:, -1].mean())
-            noise = values[rank, :-1]
-            seen, variance = seen + 1, variance + float(noise @ noise) / COLUMNS
+        if now > BEFORE and rank in others:
+            if begun is None:
+                begun = values[others].mean(axis=0), updates.copy()
+            noise = values[rank, :COLUMNS]
+            seen, variance, mixes = seen + 1, variance + float(noise @ noise) / COLUMNS, mixes + bool(taken)
         heapq.heappush(due, (now + float(speeds[rank] * rng.lognormal(0, UPDATE_SPREAD)), rank))
-    progress = (float(values[:, -1].mean()) - begun) / (seen / size)
-    return progress / (1 - GAMMA) / (variance / seen), progress
+    assert begun is not None
+    gained, counts = values[others].mean(axis=0) - begun[0], updates - begun[1]
+    progress = float(gained[COLUMNS]) / (seen / len(others))
+    units = gained[COLUMNS + 1 :] / counts * len(others)
+    return {
+        "neighbours": progress / (1 - GAMMA) / (variance / seen),
+        "progress": progress,
+        "mixes_of_an_update": mixes / seen,
+        "least_unit": float(units[others].min()),
+        "greatest_unit": float(units[others].max()),
+        "unit_of_the_rank_apart": float(units[apart]),
+    }
 
 
 def simulated(name: str, size: int) -> dict[str, Any]:
     """The effective neighbours in step and out of it."""
     topology, _ = placed(name, size)
-    neighbours, progress = out_of_step(topology, np.random.default_rng([1, size]))
+    found = out_of_step(topology, np.random.default_rng([1, size]))
     return {
         "topology": name,
         "stands_for": topology.name,
         "ranks": size,
         "in_step": effective_neighbours(topology),
-        "out_of_step": neighbours,
-        "progress": progress,
+        "out_of_step": found["neighbours"],
+        "progress": found["progress"],
     }
 
 

@@ -162,7 +162,8 @@ class ExchangeConfig:
     one-peer-exponential; else hierarchical (by node). Or another name that `gala-mpi topology --help` lists, or the
     path of an edge list. `gala-mpi topology` describes and draws each."""
     max_staleness: int | None = None
-    """Updates without a mix after which a rank waits for its neighbours; 0 waits at every update, None never."""
+    """Updates without a message of a neighbour after which a rank waits for it; 0 waits at every update, None never.
+    Over a topology that changes from update to update, any neighbour will do."""
     neighbour_timeout_s: float = 60.0
     """Seconds without a message after which a neighbour counts as lost, and the longest that any rank waits
     for another."""

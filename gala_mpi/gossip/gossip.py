@@ -1,8 +1,9 @@
 """Asynchronous gossip: every rank posts its whole policy to its out-neighbours and averages what it finds.
 
-One step posts the parameters as they are, and mixes if every in-neighbour has left a message since the last mix:
-x <- w0 x + sum of w_k m_k. Posting never waits; mixing waits only under a bound on staleness, and then with a
-deadline (GALA: Assran et al. 2019, arXiv:1906.04585, algorithm 1).
+One step posts the parameters as they are, and mixes what its in-neighbours have left since the last mix:
+x <- w0 x + sum of w_k m_k, where the weight of a neighbour that has left nothing stays with x. It never waits, unless a
+bound on staleness says so, and then with a deadline. The method is GALA (Assran et al. 2019, arXiv:1906.04585), whose
+algorithm 1 mixes when all in-neighbours have left a message; *design decisions* has why this one does not wait for all.
 
 That wait cannot lock ranks against each other. Each posts before it waits, so a neighbour that is waited for and waits
 itself has posted since it began its own update, and that message was mixed already: the waiting rank began its update
@@ -104,8 +105,8 @@ class Gossip:
     model: its trained parameters become views into one flat buffer (`FlatParameters`), the Parameter objects stay:
     an optimiser may be made before or after. What moves or converts the model comes before. Or a NumPy array of
     float32 values, of any shape, which then stays where it is: no torch is needed. topology: a name, or a
-    Topology over comm.size ranks. wire: type of the parameters under way. max_staleness: updates without a mix
-    after which a step waits for messages; None never waits. neighbour_timeout_s: silence after which an in-neighbour
+    Topology over comm.size ranks. wire: type of the parameters under way. max_staleness: updates without a message
+    of some in-neighbour after which a step waits for it; None never waits. neighbour_timeout_s: silence after which an in-neighbour
     is left out until it is heard again. delivery: auto, inline or background, or a Courier to share. on_divergence:
     whether a rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError. while_waiting:
     called again and again while a step waits for messages; it must not wait itself. roster: one to share, by which
@@ -149,7 +150,7 @@ class Gossip:
         # What is under way here, after a close that timed out too, meets nothing of the user's.
         self._comm, self._wire = comm.Dup(), WIRES.index(wire)
         self._met: Request | None = None
-        self._max_staleness, self._timeout_s = max_staleness, neighbour_timeout_s
+        self._timeout_s = neighbour_timeout_s
         self._adopts = on_divergence == "adopt"
         self._while_waiting = while_waiting
         self._warned_of_range = False
@@ -167,7 +168,9 @@ class Gossip:
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
         self._mailboxes = self._make_mailboxes(graph, nbytes)
         self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
-        self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank))
+        self._heard = InNeighbours(
+            self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank), max_staleness
+        )
         self.outboxes = self._mailboxes.outboxes
         self._own_roster = Roster(self._comm, courier, neighbour_timeout_s) if roster is None else None
         around = self._own_roster or roster
@@ -194,7 +197,7 @@ class Gossip:
         """Gossip leaves gradients alone."""
 
     def step(self, agent_steps: int = 0) -> bool:
-        """Post the parameters, then mix if the messages are there (or the bound on staleness says to wait).
+        """Post the parameters, then mix the messages that are there; wait for those that the staleness asks for.
 
         `agent_steps` is told to the neighbours. Returns whether the parameters were replaced by a neighbour's,
         since they were not finite: the optimiser's state is then to be reset. Raises DivergedError, and RuntimeError
@@ -212,18 +215,19 @@ class Gossip:
                 source, inbox = self._survivors.source, self._survivors.inbox
                 self._heard.stand_in(None if source is None or inbox is None else InNeighbour(source, inbox))
             state = self._flat.host()
-            ready, missing = self._heard.look()
-            taken = self._take() if ready else []
+            found, wait = self._heard.look()
+            taken = self._take() if found and not wait else []
             sent = self.counters.messages_sent
             if not self.post_and_mix(state, self.topology.targets(self._comm.rank, self._update), taken):
                 self._recover(state)
                 self._settle([])
                 return True
-            # Who has sent nothing must not wait: another may wait for it.
-            if missing and not ready and self._too_stale() and self.counters.messages_sent > sent:
-                # Ends: a neighbour that stays silent becomes lost, and a lost one is not missing.
-                self._wait_until(self._heard.ready_or_alone)
-                taken = self._take() if self._heard.look()[0] else []
+            if wait:
+                # Who has sent nothing must not wait: another may wait for it.
+                if self.counters.messages_sent > sent:
+                    # Ends: a neighbour that stays silent becomes lost, and a lost one is not waited for.
+                    self._wait_until(lambda: not self._heard.look()[1])
+                taken = self._take()
                 self._mix(state, taken)
             self._settle(taken)
         return False
@@ -408,11 +412,6 @@ class Gossip:
         wait_until(look, 2 * self._timeout_s)
         self.counters.wait_s += time.perf_counter() - begin
 
-    def _too_stale(self) -> bool:
-        if self._max_staleness is None or (self.topology.rotating and self._heard.some_are_gone):
-            return False
-        return self.counters.staleness >= self._max_staleness
-
     def _take(self) -> list[Taken]:
         """The newest message of each in-neighbour that has sent one with parameters."""
         taken, dropped = self._heard.take()
@@ -461,7 +460,7 @@ class Gossip:
         what = f"the parameters are not finite after update {self._update}"
         if not self._adopts:
             raise DivergedError(f"{what} (on_divergence is stop)")
-        self._wait_until(lambda: self._adopt(state) or self._heard.look() == (False, 0))
+        self._wait_until(lambda: self._adopt(state) or (not self._heard.look()[0] and self._heard.all_silent))
         if not _native.all_finite(state):
             raise DivergedError(f"{what}, and no neighbour has sent any to go on with")
         log.warning("%s: went on with those of a neighbour (%d times so far)", what, self.counters.divergences)

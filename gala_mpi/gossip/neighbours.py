@@ -1,4 +1,4 @@
-"""The ranks that a rank mixes with: who is heard, who is lost, and whether there is what a mix needs. All is local.
+"""The ranks that a rank mixes with: who is heard, who is lost, and who is waited for. All is local.
 
 A neighbour is heard when it leaves a message. One that leaves none for the timeout is lost: it is left out of mixing
 and of waiting, until it is heard again. One that has finished leaves none any more, and is not waited for.
@@ -67,12 +67,19 @@ Taken: TypeAlias = "tuple[InNeighbour, Message]"
 class InNeighbours:
     """All in-neighbours of a rank, of which those are lost that are silent for `timeout_s` seconds.
 
-    `rounds` has the weights of messages in each round of the topology (`Topology.rounds`). If there are several, one
-    message is enough for a mix; else each that is expected must be there.
+    `rounds` has the weights of messages in each round of the topology (`Topology.rounds`). `max_staleness` is the
+    number of updates without a message of a neighbour after which that one is waited for; None: nobody ever is.
     """
 
-    def __init__(self, neighbours: Sequence[InNeighbour], timeout_s: float, rounds: Sequence[Weights]) -> None:
+    def __init__(
+        self,
+        neighbours: Sequence[InNeighbour],
+        timeout_s: float,
+        rounds: Sequence[Weights],
+        max_staleness: int | None = None,
+    ) -> None:
         self._all, self._timeout_s, self._rounds = neighbours, timeout_s, rounds
+        self._max_staleness = max_staleness
         self._looked_at_s: float | None = None
         self._stand_in: InNeighbour | None = None
 
@@ -83,28 +90,28 @@ class InNeighbours:
     def _everyone(self) -> Sequence[InNeighbour]:
         return self._all if self._stand_in is None else [*self._all, self._stand_in]
 
-    @property
-    def some_are_gone(self) -> bool:
-        """Whether some are lost, or have finished."""
-        return any(neighbour.finished or neighbour.lost for neighbour in self._all)
+    def look(self) -> tuple[bool, bool]:
+        """Whether there is a message to mix, and whether to wait for more: some neighbour is too stale.
 
-    def look(self) -> tuple[bool, int]:
-        """Whether there is what a mix needs, and how many are expected to send but have not."""
+        One that is lost or has finished is not waited for, nor is the one that stands in. In a topology of several
+        rounds a neighbour is silent in most of them, so there the newest message of all counts; and a rank that may
+        never hear from some neighbour again waits for none.
+        """
         passed_s = self._since_last_look()
-        # Nobody waits for the one that stands in.
-        found, missing = int(self._stand_in is not None and self._stand_in.inbox.fresh()), 0
+        found = self._stand_in is not None and self._stand_in.inbox.fresh()
+        missing = []
         for neighbour in self._all:
             if neighbour.finished:
                 continue
             neighbour.silent_s += passed_s
             if neighbour.inbox.fresh():
-                found += 1
+                found = True
                 neighbour.silent_s = 0.0
                 if neighbour.lost:
                     neighbour.lost = False
                     log.warning("rank %d is heard again and takes part in mixing", neighbour.rank)
             elif neighbour.silent_s <= self._timeout_s:
-                missing += 1
+                missing.append(neighbour.staleness)
             elif not neighbour.lost:
                 neighbour.lost = True
                 log.warning(
@@ -112,18 +119,23 @@ class InNeighbours:
                     neighbour.rank,
                     self._timeout_s,
                 )
-        return found > 0 and (not missing or len(self._rounds) > 1), missing
+        if self._max_staleness is None or not missing:
+            return found, False
+        if len(self._rounds) > 1:
+            silent = not found and len(missing) == len(self._all)
+            return found, silent and min(missing) >= self._max_staleness
+        return found, max(missing) >= self._max_staleness
+
+    @property
+    def all_silent(self) -> bool:
+        """Whether nobody is left who could send: all are lost, or have finished."""
+        return all(neighbour.finished or neighbour.lost for neighbour in self._all)
 
     def _since_last_look(self) -> float:
         """Seconds that count; none at the first look, before which ranks are still being set up."""
         now = time.monotonic()
         before, self._looked_at_s = self._looked_at_s, now
         return 0.0 if before is None else min(now - before, MOST_OF_PATIENCE * self._timeout_s)
-
-    def ready_or_alone(self) -> bool:
-        """Whether there is what a mix needs, or nobody left who could send it."""
-        ready, missing = self.look()
-        return ready or not missing
 
     def take(self) -> tuple[list[Taken], int]:
         """The newest message of each that has sent one with parameters, and how many messages those replaced."""

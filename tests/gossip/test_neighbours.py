@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from gala_mpi.gossip import neighbours
 from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours
+from gala_mpi.gossip.rules import Weights
 
 TIMEOUT_S = 60.0
 
@@ -33,7 +35,18 @@ class Rank:
         self.heard.holds = True
         self.boxes: list[Any] = [self.heard, self.silent]
         self.all = [InNeighbour(rank, box) for rank, box in enumerate(self.boxes)]
-        self.looks = InNeighbours(self.all, TIMEOUT_S, [{0: 0.3, 1: 0.3}])
+        self.bound(None)
+
+    def bound(self, max_staleness: int | None, rounds: Sequence[Weights] = ({0: 0.3, 1: 0.3},)) -> None:
+        """Begin anew with this bound on staleness."""
+        self.looks = InNeighbours(self.all, TIMEOUT_S, rounds, max_staleness)
+
+    def mix(self, *mixed: InNeighbour) -> None:
+        """An update in which messages of these were mixed."""
+        message: Any = SimpleNamespace(update=1)
+        for neighbour in mixed:
+            neighbour.held = message
+        self.looks.settle([(neighbour, message) for neighbour in mixed])
 
     def look_after(self, passed_s: float) -> list[bool]:
         """Who is lost after a look so much later."""
@@ -96,15 +109,66 @@ def test_the_weight_of_who_stands_in_is_half_of_what_is_left(rank: Rank) -> None
     assert rank.looks.weights(usual) == [0.3, 0.3]
     assert rank.looks.weights([*usual, (stand_in, message)]) == pytest.approx([0.3, 0.3, 0.2])
     assert rank.looks.weights([(stand_in, message)]) == [0.5]
-    assert rank.looks.look() == (False, 1)
-    rank.silent.holds = True
-    assert rank.looks.look() == (True, 0)
-    rank.heard.holds = rank.silent.holds = False
+    rank.heard.holds = False
     stand_in.inbox.holds = True
-    rank.looks.look()
+    assert rank.looks.look() == (True, False)
+    rank.looks.stand_in(None)
+    assert rank.looks.look() == (False, False)
+
+
+def test_one_message_is_enough_for_a_mix(rank: Rank) -> None:
+    assert rank.looks.look() == (True, False)
+    rank.heard.holds = False
+    assert rank.looks.look() == (False, False)
+
+
+def test_a_neighbour_that_is_too_stale_is_waited_for_until_it_is_lost(rank: Rank) -> None:
+    rank.bound(3)
+    for _ in range(3):
+        assert rank.looks.look() == (True, False)
+        rank.mix(rank.all[0])
+    # Whatever the other has left.
+    assert rank.looks.look() == (True, True)
+    rank.heard.holds = False
+    assert rank.looks.look() == (False, True)
+    rank.silent.holds = True
+    assert rank.looks.look() == (True, False)
+    rank.silent.holds, rank.heard.holds = False, True
     while rank.looks.look()[1]:
         rank.now_s += 10.0
-    # All others are lost.
-    assert rank.looks.look() == (True, 0)
-    rank.looks.stand_in(None)
-    assert rank.looks.look() == (False, 0)
+    assert rank.all[1].lost and rank.looks.look() == (True, False)
+    rank.all[1].lost, rank.all[1].silent_s = False, 0.0
+    assert rank.looks.look() == (True, True)
+    rank.all[1].finished = True
+    assert rank.looks.look() == (True, False)
+
+
+def test_in_step_all_are_waited_for(rank: Rank) -> None:
+    rank.bound(0)
+    assert rank.looks.look() == (True, True)
+    rank.silent.holds = True
+    assert rank.looks.look() == (True, False)
+
+
+def test_over_a_topology_that_changes_any_neighbour_will_do(rank: Rank) -> None:
+    """Each sends at every second update: that the other is stale is no news."""
+    rank.bound(2, [{0: 0.5}, {1: 0.5}])
+    for _ in range(5):
+        assert rank.looks.look() == (True, False)
+        rank.mix(rank.all[0])
+    rank.heard.holds = False
+    assert rank.looks.look() == (False, False)
+    rank.mix()
+    rank.mix()
+    assert rank.looks.look() == (False, True)
+    # One that may never send again leaves nobody to count on.
+    rank.all[1].finished = True
+    assert rank.looks.look() == (False, False)
+
+
+def test_when_all_are_lost_or_done_nobody_is_left(rank: Rank) -> None:
+    assert not rank.looks.all_silent
+    rank.all[0].lost = True
+    assert not rank.looks.all_silent
+    rank.all[1].finished = True
+    assert rank.looks.all_silent

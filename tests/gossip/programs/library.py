@@ -161,6 +161,22 @@ def a_rank_that_diverges_adopts_and_poisons_nobody() -> None:
         assert counters.messages_rejected == 0
 
 
+def a_silent_neighbour_keeps_nobody_from_mixing() -> None:
+    if SIZE < 3:
+        return
+    with gala_mpi.Gossip(rank_model(), COMM, "complete", neighbour_timeout_s=TIMEOUT_S) as gossip:
+        # The last rank is there, and takes no step.
+        met = COMM.Ibarrier() if RANK == LAST else None
+        while met is None or not met.Test():
+            if RANK != LAST:
+                gossip.step()
+            if met is None and gossip.counters.messages_mixed >= 5:
+                met = COMM.Ibarrier()
+            time.sleep(0.002)
+        # It was not for its being lost that the others mixed.
+        assert not any(neighbour.lost for neighbour in gossip.in_neighbours)
+
+
 def a_rank_that_diverges_while_it_is_waited_for_goes_on_at_once() -> None:
     if SIZE == 1:
         return
@@ -455,6 +471,7 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
     an_optimiser_may_be_made_before_or_after,
     in_lockstep_a_mix_is_the_mixing_matrix_and_keeps_the_mean,
     a_rank_that_diverges_adopts_and_poisons_nobody,
+    a_silent_neighbour_keeps_nobody_from_mixing,
     a_rank_that_diverges_while_it_is_waited_for_goes_on_at_once,
     a_message_that_is_not_finite_is_not_mixed,
     a_rank_may_stop_when_it_diverges_and_its_last_message_is_never_mixed,
