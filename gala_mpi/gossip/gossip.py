@@ -41,7 +41,7 @@ from gala_mpi.gossip.flat import Flat, FlatArray
 from gala_mpi.gossip.mailbox import About, Delivery, Message
 from gala_mpi.gossip.mailboxes import Mailboxes
 from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours, Taken
-from gala_mpi.gossip.roster import Roster
+from gala_mpi.gossip.roster import SHORTEST_ROUND_S, Roster
 from gala_mpi.gossip.shared_topology import known_here, told_by_rank_0
 from gala_mpi.gossip.survivors import Survivors
 from gala_mpi.gossip.topology import PLACED, TOPOLOGIES, Topology, make_topology
@@ -173,6 +173,7 @@ class Gossip:
         )
         self.outboxes = self._mailboxes.outboxes
         self._own_roster = Roster(self._comm, courier, neighbour_timeout_s) if roster is None else None
+        self._roster_due_s = 0.0
         around = self._own_roster or roster
         assert around is not None
         self._survivors = Survivors(self._comm, courier, graph, nbytes, around)
@@ -244,8 +245,10 @@ class Gossip:
         return self._survivors.source, None if outbox is None else outbox.target
 
     def _come_by(self) -> None:
-        if self._own_roster is not None:
+        """Look after the roster, if nobody else does; it need not be at every step, which may be a short one."""
+        if self._own_roster is not None and time.monotonic() >= self._roster_due_s:
             self._own_roster.come_by()
+            self._roster_due_s = time.monotonic() + min(SHORTEST_ROUND_S, self._timeout_s / 20)
 
     def agree(self, stop: bool) -> bool:
         """Whether this rank ends: each decides for itself."""
