@@ -106,11 +106,11 @@ class Gossip:
     an optimiser may be made before or after. What moves or converts the model comes before. Or a NumPy array of
     float32 values, of any shape, which then stays where it is: no torch is needed. topology: a name, or a
     Topology over comm.size ranks. wire: type of the parameters under way. max_staleness: updates without a message
-    of some in-neighbour after which a step waits for it; None never waits. neighbour_timeout_s: silence after which an in-neighbour
-    is left out until it is heard again. delivery: auto, inline or background, or a Courier to share. on_divergence:
-    whether a rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError. while_waiting:
-    called again and again while a step waits for messages; it must not wait itself. roster: one to share, by which
-    somebody else comes. broadcast: False leaves each rank its own parameters, as after a restart.
+    of some in-neighbour after which a step waits for it; None never waits. neighbour_timeout_s: silence after which an
+    in-neighbour is left out until it is heard again. delivery: auto, inline or background, or a Courier to share.
+    on_divergence: whether a rank whose parameters are not finite goes on with a neighbour's, or raises DivergedError.
+    while_waiting: called again and again while a step waits for messages; it must not wait itself. roster: one to
+    share, by which somebody else comes. broadcast: False leaves each rank its own parameters, as after a restart.
 
     Raises DisagreementError (a ValueError), on all ranks, if one of them was given a model or an option that cannot
     be used, or another one than rank 0. Raises NoRoomError (a MemoryError), on all ranks, if the shared memory of some
@@ -168,9 +168,7 @@ class Gossip:
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
         self._mailboxes = self._make_mailboxes(graph, nbytes)
         self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
-        self._heard = InNeighbours(
-            self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank), max_staleness
-        )
+        self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank), max_staleness)
         self.outboxes = self._mailboxes.outboxes
         self._own_roster = Roster(self._comm, courier, neighbour_timeout_s) if roster is None else None
         self._roster_due_s = 0.0
