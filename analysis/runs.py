@@ -40,7 +40,9 @@ NOT_ITS_OWN = 2**43
 LARGEST_NUMBER = 2.0**63
 # Files that are missing are named up to so many.
 NAMED = 20
-FILE_NAME = re.compile(r"rank-(\d{5})(?:\.(\d+))?\.h5")
+FILE_NAME = re.compile(r"rank-(\d{5,9})\.h5")
+# Of the folder of a start after the first; the first one's files lie in the run's own.
+LATER = re.compile(r"segment-([1-9]\d{0,8})")
 
 
 class RunError(Exception):
@@ -100,7 +102,7 @@ class Run:
         for one in self.segments:
             for rank in range(one.size):
                 if rank not in one.files:
-                    yield f"rank-{rank:05d}.{one.number}.h5" if one.number else f"rank-{rank:05d}.h5"
+                    yield f"segment-{one.number}/rank-{rank:05d}.h5" if one.number else f"rank-{rank:05d}.h5"
 
     def table(self, name: str) -> pd.DataFrame:
         """All rows of a table, rank by rank and segment by segment, with the writer's `rank` and the `segment`.
@@ -141,14 +143,14 @@ def read_run(folder: Path) -> Run:
     """The run in `folder`. Raises RunError if there is none, or one that cannot be read."""
     if not folder.is_dir():
         raise RunError(f"{folder}: is no folder; expected the folder of a run")
-    files: dict[int, dict[int, Path]] = {}
-    for path in folder.iterdir():
-        if match := FILE_NAME.fullmatch(path.name):
-            files.setdefault(int(match[2] or 0), {})[int(match[1])] = path
-    if not files:
+    folders = {int(match[1]): path for path in folder.iterdir() if (match := LATER.fullmatch(path.name))}
+    files = {number: _ranks_of(path) for number, path in {0: folder, **folders}.items()}
+    if not any(files.values()):
         raise RunError(f"{folder}: no file rank-00000.h5 or the like; expected the folder of a run")
     segments, first = [], None
     for number, of_segment in sorted(files.items()):
+        if not of_segment:
+            continue
         heads = {rank: _open(path, _head) for rank, path in sorted(of_segment.items())}
         head = heads[min(heads)]
         first = first or head
@@ -166,6 +168,13 @@ def read_run(folder: Path) -> Run:
         more = " and others" if len(names) > NAMED else ""
         print(f"warning: {folder}: no file {', '.join(names[:NAMED])}{more}", file=sys.stderr)
     return run
+
+
+def _ranks_of(folder: Path) -> dict[int, Path]:
+    """The files of ranks in a segment's folder."""
+    if not folder.is_dir():
+        return {}
+    return {int(match[1]): path for path in folder.iterdir() if (match := FILE_NAME.fullmatch(path.name))}
 
 
 def _head(file: h5py.File) -> dict[str, Any]:

@@ -245,7 +245,7 @@ def try_folder(chance: random.Random) -> str:
         for name, text in texts.items():
             kinds = (text.encode(), altered_text(text, chance).encode(), damaged(text.encode(), chance))
             (folder / name).write_bytes(chance.choice(kinds))
-        for name in ("config.2.toml", "rank-00000.1.h5", "checkpoints"):
+        for name in ("config.2.toml", "segment-1", "checkpoints"):
             made = altered_text(name, chance).replace("/", "").replace("\0", "")[:100]
             if made.strip("."):
                 (folder / made).write_bytes(b"")

@@ -3,7 +3,7 @@
     run.json                what the run is: its id
     config.toml             the effective configuration; config.1.toml and so on of each later start, a segment
     lease.json              whether it goes on (see `lease`)
-    rank-00000.h5           metrics; rank-00000.1.h5 and so on of each later segment
+    rank-00000.h5           metrics of rank 0; segment-1/rank-00000.h5 and so on of each later segment
     checkpoints/rank-00000  checkpoints
 
 A segment's number is taken by making its configuration, which fails if it is there: no file is ever written twice.
@@ -34,13 +34,13 @@ RUN_FILE = "run.json"
 OF_A_RUN = (RUN_FILE, "config.toml", "checkpoints")
 # Belongs to one start of a run alone.
 LEFT_OUT = ("preset", "out", "resume", "time_limit_s")
+# Of files and folders, those of checkpoints too.
 SEGMENT_OF = re.compile(
-    r"(?:config|rank-\d{5,9})(?:\.(?P<later>\d{1,9}))?\.(?:toml|h5)|segment-(?P<saved>\d{1,9})-update-\d{1,18}\.safetensors"
+    r"config(?:\.(?P<later>\d{1,9}))?\.toml|rank-\d{5,9}\.h5|"
+    r"segment-(?P<folder>\d{1,9})(?:-update-\d{1,18}\.safetensors)?"
 )
 LAST_SEGMENT = 10**9 - 1
-SCRATCH = re.compile(
-    r"(?:(?:config(?:\.\d{1,9})?\.toml|lease\.json|run\.json)\.[0-9a-f]{12}|rank-\d{5,9}(?:\.\d{1,9})?\.h5)\.tmp"
-)
+SCRATCH = re.compile(r"(?:(?:config(?:\.\d{1,9})?\.toml|lease\.json|run\.json)\.[0-9a-f]{12}|rank-\d{5,9}\.h5)\.tmp")
 A_RUN = "the folder of a run"
 
 
@@ -64,8 +64,12 @@ def config_file(folder: Path, segment: int) -> Path:
 
 
 def rank_file(folder: Path, rank: int, segment: int = 0) -> Path:
-    """The metrics of a rank and segment."""
-    return folder / (f"rank-{rank:05d}.{segment}.h5" if segment else f"rank-{rank:05d}.h5")
+    """The metrics of a rank and segment; later segments have folders of their own, lest one grows with both."""
+    return _metrics_folder(folder, segment) / f"rank-{rank:05d}.h5"
+
+
+def _metrics_folder(folder: Path, segment: int) -> Path:
+    return folder / f"segment-{segment}" if segment else folder
 
 
 def holds_a_run(folder: Path) -> bool:
@@ -79,7 +83,7 @@ def segments(folder: Path) -> list[int]:
 
 
 def _segments_of(paths: Iterable[Path]) -> list[int]:
-    return sorted({int(m["later"] or m["saved"] or 0) for path in paths if (m := SEGMENT_OF.fullmatch(path.name))})
+    return sorted({int(m["later"] or m["folder"] or 0) for path in paths if (m := SEGMENT_OF.fullmatch(path.name))})
 
 
 def create_run(config: TrainConfig, comm: Intracomm) -> RunInfo:
@@ -100,12 +104,14 @@ def _shared(comm: Intracomm, make: object) -> RunInfo:
 
 def discard_run(info: RunInfo) -> None:
     """Take away what this start made, and the files without a row; what is not of it stays. Local."""
-    suffix = f".{info.segment}.h5" if info.segment else ".h5"
-    mine = [path for path in info.folder.glob("rank-*.h5") if re.fullmatch(r"rank-\d+" + re.escape(suffix), path.name)]
-    for path in (config_file(info.folder, info.segment), *mine):
-        with contextlib.suppress(OSError):
-            path.unlink()
-    if info.segment == 0:
+    metrics = _metrics_folder(info.folder, info.segment)
+    for path in (config_file(info.folder, info.segment), *metrics.glob("rank-*.h5")):
+        if SEGMENT_OF.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    if info.segment:
+        _remove([metrics])
+    else:
         for name in (RUN_FILE, LEASE_FILE):
             with contextlib.suppress(OSError):
                 (info.folder / name).unlink()
@@ -185,7 +191,7 @@ def _reopen(config: TrainConfig) -> RunInfo:
 
 def _tidy_up(folder: Path) -> None:
     """Remove what starts that were killed had not written whole."""
-    for path in folder.glob("*.tmp"):
+    for path in [*folder.glob("*.tmp"), *folder.glob("segment-*/*.tmp")]:
         if SCRATCH.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 path.unlink()

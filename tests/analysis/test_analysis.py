@@ -34,10 +34,11 @@ def write_rank(
     **about: object,
 ) -> Recorder:
     """A new rank file without rows."""
-    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name if name else rank_file(folder, rank, segment)
+    path.parent.mkdir(parents=True, exist_ok=True)
     attributes = {"run_id": run_id, "rank": rank, "size": size, "env_id": "Task-v0", "config": {}, "t0": 0.0, **about}
     config = RecordConfig(sketch_dimension=dimension, sketch_every_s=10)
-    return Recorder(folder / name if name else rank_file(folder, rank, segment), attributes, config, seed=1)
+    return Recorder(path, attributes, config, seed=1)
 
 
 def episode(recorder: Recorder, time_s: float, steps: int, episode_return: float, update: int = 1) -> None:
@@ -79,7 +80,7 @@ def test_the_mean_return_and_the_total_steps_are_those_worked_out_by_hand(tmp_pa
 
 def test_segments_are_joined_in_order(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for segment, name in enumerate(["rank-00000.h5", *(f"rank-00000.{n}.h5" for n in range(1, 12))]):
+    for segment, name in enumerate(["rank-00000.h5", *(f"segment-{n}/rank-00000.h5" for n in range(1, 12))]):
         recorder = write_rank(run, 0, size=1, name=name)
         episode(recorder, segment + 1.0, segment + 1, float(segment))
         recorder.close()

@@ -208,7 +208,14 @@ print("alive")
 
 def test_names_that_are_no_ranks_are_not_opened(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    for name in ("rank-0.h5", "rank-00001.h5.txt", "rank-00001.-1.h5", "rank-99999999999.h5", "../rank-00001.h5"):
+    for name in (
+        "rank-0.h5",
+        "rank-00001.h5.txt",
+        "rank-00001.1.h5",
+        "segment-1",
+        "rank-99999999999.h5",
+        "../rank-00001.h5",
+    ):
         (tmp_path / "run" / name).write_bytes(b"not HDF5")
     assert run_script("learning_curves.py", tmp_path / "run").returncode == 0
 

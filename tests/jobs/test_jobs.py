@@ -60,7 +60,7 @@ def test_a_job_that_is_told_of_its_limit_queues_itself_and_goes_on(tmp_path: Pat
     # What Slurm starts again is the same script with the same arguments.
     again = finish(start(tmp_path, "--total-steps", "1000"), 60)
     assert again.returncode == 0, again.stderr
-    assert "changed: --total-steps" in again.stdout and (tmp_path / "run" / "rank-00000.1.h5").exists()
+    assert "changed: --total-steps" in again.stdout and (tmp_path / "run" / "segment-1" / "rank-00000.h5").exists()
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
 
 

@@ -469,7 +469,9 @@ from gala_mpi.storage.run_folder import rank_file
 row = {"time_s": 0.0, "agent_steps": 1, "env_index": 0, "episode_return": 1.0, "length": 1}
 run, segment = Path(sys.argv[1]), int(sys.argv[2])
 facts = replace(read(run / "facts.safetensors", 10**6).facts, segment=segment)
-recorder = Recorder(rank_file(run, 0, segment), {"segment": segment}, RecordConfig(), 1)
+metrics = rank_file(run, 0, segment)
+metrics.parent.mkdir(exist_ok=True)
+recorder = Recorder(metrics, {"segment": segment}, RecordConfig(), 1)
 folder = CheckpointFolder(run, 0, 3)
 print("writing", flush=True)
 for number in range(1, 1 << 60):

@@ -148,7 +148,7 @@ def test_a_signal_and_a_resume_lose_nothing(mpi: Mpi, tmp_path: Path) -> None:
         for column in (*sums, "divergences"):
             assert (np.diff(rows[column]) >= 0).all(), column
         after = rows[rows["segment"] == 1]
-        with h5py.File(run / f"rank-{rank:05d}.1.h5", "r") as file:
+        with h5py.File(run / "segment-1" / f"rank-{rank:05d}.h5", "r") as file:
             resumed = json.loads(file.attrs["resumed"])
             assert file.attrs["segment"] == 1 and file.attrs["run_id"] == facts.run_id
         assert resumed["updates"] == [f.update for f in before] and resumed["agent_steps"] == facts.agent_steps
@@ -348,7 +348,7 @@ def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.Mon
     waits: list[float] = []
     sleep = time.sleep
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: waits.append(seconds) or sleep(seconds))
-    scratch = [f"{name}.tmp" for name in ("config.1.toml.0123456789ab", "lease.json.0123456789ab", "rank-00000.1.h5")]
+    scratch = [f"{name}.tmp" for name in ("config.1.toml.0123456789ab", "lease.json.0123456789ab", "rank-00000.h5")]
     for name in (*scratch, "mine.tmp", "config.toml.mine.tmp"):
         (run / name).write_text("not whole")
     # It has ended in order: nobody waits.
@@ -359,7 +359,10 @@ def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"expected a run that has ended; lease.json is still being touched"):
         _reopen(config)
     holder.end()
+    (run / "segment-1").mkdir()
+    (run / "segment-1" / "rank-00003.h5.tmp").write_text("not whole")
     assert waits == [0.5] and _reopen(config).segment == 2 and waits == [0.5]
+    assert not list((run / "segment-1").iterdir())
     # Killed, or just so slow that it is not there yet: the one is seen, the other not.
     assert _reopen(config).segment == 3 and waits == [0.5, 0.5]
     (run / "config.4.toml").write_text("")
@@ -474,7 +477,7 @@ def test_a_segment_is_numbered_after_checkpoints_too(run: Path) -> None:
     last = folder.newest_first()[0]
     shutil.copy(last, folder.path / "segment-5-update-000000000001.safetensors")
     assert run_folder.segments(run) == [0, 5]
-    (run / "rank-00000.999999999.h5").touch()
+    (run / "segment-999999999").mkdir()
     config = saved_config(run)
     assert config is not None
     with pytest.raises(ConfigError, match=r"--resume: .* a run whose files have segments below 999999999"):

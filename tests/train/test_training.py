@@ -146,7 +146,7 @@ def test_auto_chooses_a_topology_says_and_records_it_and_chooses_anew_for_anothe
     done = one_mpi.run(3, "-m", "gala_mpi", "train", "--resume", str(run), "--total-steps", "24_000", timeout_s=120)
     assert done.returncode == 0, done.stderr
     assert "gossip over topology ring (auto)" in done.stdout
-    with h5py.File(run / "rank-00000.1.h5", swmr=True) as file:
+    with h5py.File(run / "segment-1" / "rank-00000.h5", swmr=True) as file:
         assert file.attrs["topology"] == "ring"
 
 
