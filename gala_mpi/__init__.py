@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gala_mpi.config import ConfigError
     from gala_mpi.gossip.gossip import DivergedError, Gossip
-    from gala_mpi.gossip.topology import Topology, make_topology
+    from gala_mpi.gossip.node_gossip import NodeGossip
+    from gala_mpi.gossip.topology import Topology, make_changing_topology, make_topology
     from gala_mpi.mpi.collective import DisagreementError
     from gala_mpi.mpi.room import NoRoomError
 
@@ -24,8 +25,10 @@ __all__ = [
     "DivergedError",
     "Gossip",
     "NoRoomError",
+    "NodeGossip",
     "Topology",
     "__version__",
+    "make_changing_topology",
     "make_topology",
 ]
 # Loaded when it is first asked for: a topology needs neither torch nor MPI.
@@ -35,7 +38,9 @@ _HOME = {
     "DivergedError": "gossip.gossip",
     "Gossip": "gossip.gossip",
     "NoRoomError": "mpi.room",
+    "NodeGossip": "gossip.node_gossip",
     "Topology": "gossip.topology",
+    "make_changing_topology": "gossip.topology",
     "make_topology": "gossip.topology",
 }
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from gala_mpi.mpi.collective import DisagreementError
 from gala_mpi.mpi.waiting import wait_until
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm
+    from mpi4py.MPI import Intracomm, Op
+    from torch import nn
+
+AnyFloat = TypeVar("AnyFloat", np.float32, np.float64)
 
 
 def mean_of_all(values: npt.NDArray[np.float32], comm: Intracomm, timeout_s: float) -> npt.NDArray[np.float32]:
@@ -19,12 +24,8 @@ def mean_of_all(values: npt.NDArray[np.float32], comm: Intracomm, timeout_s: flo
 
     Raises TimeoutError if some rank does not come within `timeout_s` seconds; `comm` is of no use then.
     """
-    total = np.empty_like(values)
     # A copy, as the library may read it for longer than this rank waits.
-    request = comm.Iallreduce(values / np.float32(comm.size), total)
-    if not wait_until(request.Test, timeout_s):
-        raise TimeoutError(f"some rank has not come to this mean within {timeout_s:g} s")
-    return total
+    return _reduced(values / np.float32(comm.size), comm, timeout_s, "mean")
 
 
 def distance_to_mean(values: npt.NDArray[np.float32], comm: Intracomm, timeout_s: float) -> float:
@@ -33,9 +34,39 @@ def distance_to_mean(values: npt.NDArray[np.float32], comm: Intracomm, timeout_s
     Raises as `mean_of_all` does.
     """
     apart = values.astype(float) - mean_of_all(values, comm, timeout_s)
-    squared = np.array([float(apart @ apart)])
-    total = np.empty(1)
-    request = comm.Iallreduce(squared, total)
-    if not wait_until(request.Test, timeout_s):
-        raise TimeoutError(f"some rank has not come to this sum within {timeout_s:g} s")
+    total = _reduced(np.array([float(apart @ apart)]), comm, timeout_s, "distance")
     return math.sqrt(total[0] / comm.size)
+
+
+def average_buffers(module: nn.Module, comm: Intracomm, timeout_s: float) -> None:
+    """Give all ranks the means of the module's floating-point buffers, taken in float64.
+
+    Raises as `mean_of_all` does, and DisagreementError, on all ranks, if those of some rank are not those of rank 0.
+    """
+    from mpi4py import MPI
+
+    named = [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()]
+    layout = repr([(name, buffer.shape, buffer.dtype) for name, buffer in named])
+    mark = int.from_bytes(hashlib.blake2b(layout.encode(), digest_size=4).digest())
+    most, least = _reduced(np.array([mark, -mark], float), comm, timeout_s, "mean", MPI.MAX)
+    if most != -least:
+        raise DisagreementError("the model's buffers must be the same on all ranks, but for their values")
+    if not named:
+        return
+    values = np.concatenate([buffer.detach().cpu().double().numpy().reshape(-1) for _, buffer in named])
+    means, offset = _reduced(values / comm.size, comm, timeout_s, "mean"), 0
+    for _, buffer in named:
+        part = means[offset : offset + buffer.numel()].reshape(buffer.shape)
+        buffer.detach().copy_(buffer.new_tensor(part))
+        offset += buffer.numel()
+
+
+def _reduced(
+    mine: npt.NDArray[AnyFloat], comm: Intracomm, timeout_s: float, what: str, operation: Op | None = None
+) -> npt.NDArray[AnyFloat]:
+    """The sum of the ranks' vectors, or what else the operation says; `mine` is not to be touched any more."""
+    total = np.empty_like(mine)
+    request = comm.Iallreduce(mine, total) if operation is None else comm.Iallreduce(mine, total, operation)
+    if not wait_until(request.Test, timeout_s):
+        raise TimeoutError(f"some rank has not come to this {what} within {timeout_s:g} s")
+    return total

@@ -12,7 +12,8 @@ from mpi4py import MPI
 from gala_mpi import _native
 from gala_mpi.config import ExchangeConfig
 from gala_mpi.gossip.courier import Courier
-from gala_mpi.gossip.gossip import DivergedError, ExchangeCounters, Gossip, share_parameters
+from gala_mpi.gossip.given import share_parameters
+from gala_mpi.gossip.gossip import DivergedError, ExchangeCounters, Gossip
 from gala_mpi.gossip.mailbox import lay_out
 from gala_mpi.gossip.neighbours import InNeighbour
 from gala_mpi.gossip.parameters import FlatParameters

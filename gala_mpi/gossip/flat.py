@@ -19,8 +19,8 @@ class Flat(Protocol):
         """What must be the same on all ranks, beside the size; its `repr` says it."""
 
     @property
-    def frozen(self) -> Sequence[Any]:
-        """Tensors that ranks take from rank 0 once, and do not average."""
+    def given_once(self) -> Sequence[Any]:
+        """Tensors that ranks take from rank 0 at the start, to the last bit, beside what is averaged."""
 
     def host(self) -> npt.NDArray[np.float32]:
         """The values in host memory: themselves, or a fresh copy."""
@@ -39,7 +39,7 @@ class FlatArray:
             )
         self._values: npt.NDArray[np.float32] = values.reshape(-1)
         self.size, self.layout = int(values.size), ("array", values.shape)
-        self.frozen = ()
+        self.given_once = ()
 
     def host(self) -> npt.NDArray[np.float32]:
         """The array, (n,)."""

@@ -22,7 +22,6 @@ with the newest message that it holds or finds. The slot of one that it holds st
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -35,16 +34,17 @@ import numpy as np
 import numpy.typing as npt
 
 from gala_mpi import _native
-from gala_mpi.gossip.consensus import distance_to_mean, mean_of_all
+from gala_mpi.gossip.consensus import average_buffers, distance_to_mean, mean_of_all
 from gala_mpi.gossip.courier import Courier
-from gala_mpi.gossip.flat import Flat, FlatArray
+from gala_mpi.gossip.flat import Flat
+from gala_mpi.gossip.given import WIRES, given_to_gossip, share_parameters
 from gala_mpi.gossip.mailbox import About, Delivery, Message
 from gala_mpi.gossip.mailboxes import Mailboxes
 from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours, Taken
 from gala_mpi.gossip.roster import SHORTEST_ROUND_S, Roster
-from gala_mpi.gossip.shared_topology import known_here, told_by_rank_0
+from gala_mpi.gossip.shared_topology import told_by_rank_0
 from gala_mpi.gossip.survivors import Survivors
-from gala_mpi.gossip.topology import PLACED, TOPOLOGIES, Topology, make_topology
+from gala_mpi.gossip.topology import PLACED, Topology, make_topology
 from gala_mpi.mpi.collective import alike_on_all_ranks
 from gala_mpi.mpi.room import NoRoomError
 from gala_mpi.mpi.waiting import wait_until
@@ -55,12 +55,6 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
     from torch import nn
 
-WIRES = ("float32", "bfloat16", "float16")
-ALLOWED = {
-    "wire": WIRES,
-    "delivery": ("auto", "inline", "background"),
-    "on_divergence": ("adopt", "stop"),
-}
 log = logging.getLogger(__name__)
 
 
@@ -92,7 +86,7 @@ class ExchangeCounters:
 
 
 class Gossip:
-    """Gossip of a model's trained float32 parameters over a topology, for any training loop:
+    """Gossip of a model's trained parameters over a topology, for any training loop:
 
         with Gossip(model, comm, topology="ring") as gossip:
             ...
@@ -103,7 +97,8 @@ class Gossip:
     False) are taken from rank 0, and then left alone.
 
     model: its trained parameters become views into one flat buffer (`FlatParameters`), the Parameter objects stay:
-    an optimiser may be made before or after. What moves or converts the model comes before. Or a NumPy array of
+    an optimiser may be made before or after. If some are float64, bfloat16 or float16, all stay where they are, and a
+    float32 copy is exchanged (`FlatCopy`). What moves or converts the model comes before. Or a NumPy array of
     float32 values, of any shape, which then stays where it is: no torch is needed. topology: a name, or a
     Topology over comm.size ranks. wire: type of the parameters under way. max_staleness: updates without a message
     of some in-neighbour after which a step waits for it; None never waits. neighbour_timeout_s: silence after which an
@@ -142,7 +137,7 @@ class Gossip:
             "on_divergence": on_divergence,
             "broadcast": broadcast,
         }
-        self._flat, known = alike_on_all_ranks(comm, lambda: _prepare(model, topology, comm, options))
+        self._flat, known = alike_on_all_ranks(comm, lambda: given_to_gossip(model, topology, comm, options))
         graph = told_by_rank_0(topology, known, comm) if isinstance(topology, str) else topology
         # Others hand over what stays where it is.
         self._model = model if self._flat is not model and not isinstance(model, np.ndarray) else None
@@ -269,14 +264,18 @@ class Gossip:
         self.go_on_from(state["update"], {int(rank): update for rank, update in state["heard"].items()})
         self.counters = ExchangeCounters(**state["counters"])
 
-    def average(self, timeout_s: float = 600.0) -> None:
+    def average(self, *, buffers: bool = False, timeout_s: float = 600.0) -> None:
         """Give all ranks the mean of their parameters, at the end of a run, say. Collective.
 
-        Raises TimeoutError if some rank does not come within `timeout_s` seconds.
+        buffers: of the model's floating-point buffers too (running statistics, say); whole numbers stay each rank's.
+        Raises TimeoutError if some rank does not come within `timeout_s` seconds, and DisagreementError, on all ranks,
+        if ranks have other buffers than rank 0.
         """
         state = self._flat.host()
         state[:] = mean_of_all(state, self._comm, timeout_s)
         self._flat.store_host()
+        if buffers and self._model is not None:
+            average_buffers(cast("nn.Module", self._model), self._comm, timeout_s)
 
     def consensus_distance(self, timeout_s: float = 600.0) -> float:
         """How far ranks are apart: the root mean square of their L2 distances to the mean of all. Collective.
@@ -478,64 +477,3 @@ class Gossip:
             self._reject(neighbour, message)
             state.fill(math.nan)
         return False
-
-
-def share_parameters(flat: Flat, comm: Intracomm) -> None:
-    """Give every rank the parameters of rank 0, those that are frozen too. Collective."""
-    comm.Bcast(flat.host(), root=0)
-    flat.store_host()
-    if not flat.frozen:
-        return
-    import torch
-
-    for parameter in flat.frozen:
-        values = parameter.detach().cpu().contiguous()
-        comm.Bcast(values.reshape(-1).view(torch.uint8).numpy(), root=0)
-        parameter.detach().copy_(values)
-
-
-def _prepare(
-    model: nn.Module | npt.NDArray[np.float32] | Flat,
-    topology: str | Topology,
-    comm: Intracomm,
-    options: dict[str, object],
-) -> tuple[tuple[Flat, Topology | None], dict[str, object]]:
-    """What is made of the arguments without a message, and the facts that all ranks must share.
-
-    Raises ValueError, and ConfigError for a topology that is none. Local.
-    """
-    for name, allowed in ALLOWED.items():
-        if options[name] not in allowed:
-            raise ValueError(f"{name}: {options[name]!r} cannot be used; expected one of {', '.join(allowed)}")
-    staleness, timeout_s = options["max_staleness"], options["neighbour_timeout_s"]
-    if staleness is not None and not (isinstance(staleness, int) and staleness >= 0):
-        raise ValueError(f"max_staleness: {staleness!r} cannot be used; expected None or an integer of at least 0")
-    if not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
-        raise ValueError(f"neighbour_timeout_s: {timeout_s!r} cannot be used; expected a number above 0")
-    graph = known_here(topology, comm) if isinstance(topology, str) else topology
-    if graph is not None and graph.size != comm.size:
-        raise ValueError(f"topology: {graph.name!r} is one of {graph.size} ranks; expected one of {comm.size}")
-    told = isinstance(topology, str) and topology not in TOPOLOGIES
-    flat = _flat(model)
-    facts = {
-        "the number of trained parameters": flat.size,
-        "the layout of the model's parameters (digest)": _digest(flat.layout),
-        "topology": topology if isinstance(topology, str) else topology.name,
-        "the edges of the topology (digest)": "as rank 0 reads them" if told or graph is None else graph.digest,
-    }
-    return (flat, graph), facts | options
-
-
-def _flat(model: nn.Module | npt.NDArray[np.float32] | Flat) -> Flat:
-    if isinstance(model, np.ndarray):
-        return FlatArray(model)
-    if hasattr(model, "store_host"):
-        return cast(Flat, model)
-    # Not at the top: NumPy arrays need no torch, of which each rank's import takes more than a second.
-    from gala_mpi.gossip.parameters import FlatParameters
-
-    return FlatParameters(cast("nn.Module", model), gradients=False)
-
-
-def _digest(value: object) -> str:
-    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()

@@ -1,11 +1,13 @@
-"""All trained parameters of a module as views into one flat, contiguous buffer, and their gradients into another.
+"""All trained parameters of a module as one flat vector: as views into it, or copied where their types differ.
 
-Posting, mixing, clipping and the optimiser's step are then one pass over one buffer. A parameter keeps its
+As views, posting, mixing, clipping and the optimiser's step are one pass over one buffer. A parameter keeps its
 memory format (channels_last, say) in the strides of its view. The module's Parameter objects stay the same, so an
 optimiser that holds them already goes on as before.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +15,57 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+COPIED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def flatten(module: nn.Module) -> FlatParameters | FlatCopy:
+    """Its trained parameters, without gradients; raises as these do."""
+    if all(parameter.dtype == torch.float32 for parameter in module.parameters() if parameter.requires_grad):
+        return FlatParameters(module, gradients=False)
+    return FlatCopy(module)
+
+
+def _layout(module: nn.Module) -> list[object]:
+    return [(name, p.shape, p.stride(), p.dtype, p.requires_grad) for name, p in module.named_parameters()]
+
+
+def _trained(module: nn.Module, types: Collection[torch.dtype]) -> list[tuple[str, nn.Parameter]]:
+    """Its trained parameters and their names, which must be there, on one device, and of one of the types."""
+    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
+        raise ValueError("the module has parameters without a shape: call it once before")
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if not named:
+        frozen = sum(1 for _ in module.parameters())
+        raise ValueError(f"the module has no parameters to train ({frozen} are frozen)")
+    device = named[0][1].device
+    if device.type == "meta":
+        raise ValueError(f"parameter {named[0][0]} is on the device meta, where there are no values")
+    allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
+    owners: dict[int, str] = {}
+    for name, parameter in named:
+        owner = owners.setdefault(parameter.data_ptr(), name)
+        if owner != name and parameter.numel() > 0:
+            raise ValueError(f"parameter {name} is shared with {owner} as a view of its own")
+        if parameter.dtype not in types or parameter.device != device:
+            raise ValueError(
+                f"parameter {name} is {parameter.dtype} on {parameter.device}; all must be {allowed} on {device}"
+            )
+    return named
+
+
+def _refuse(astray: Sequence[str]) -> None:
+    """Raise RuntimeError if there are parameters that are not exchanged any more."""
+    if astray:
+        raise RuntimeError(
+            f"parameter {astray[0]} ({len(astray)} in all) is not where it is exchanged: the module was moved, "
+            "converted, or given new or newly trained parameters since; do that before"
+        )
+
 
 class FlatParameters:
     """Moves the trained float32 parameters of `module` into `data`, and their gradients into `grad`: float32, (n,).
 
-    Frozen ones (requires_grad is False) stay where they are, of whatever type, and are listed in `frozen`. Without
+    Frozen ones (requires_grad is False) stay where they are, of whatever type, and are listed in `given_once`. Without
     `gradients` those of the module are left alone, and `grad` is empty. `layout` says what ranks must have in common.
 
     Raises ValueError if there is nothing to train, or if a trained parameter is not float32, has no values yet, is
@@ -25,25 +73,10 @@ class FlatParameters:
     """
 
     def __init__(self, module: nn.Module, *, gradients: bool = True) -> None:
-        if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
-            raise ValueError("the module has parameters without a shape: call it once before")
-        self.layout = [(name, p.shape, p.stride(), p.dtype, p.requires_grad) for name, p in module.named_parameters()]
-        self.frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-        if not named:
-            raise ValueError(f"the module has no parameters to train ({len(self.frozen)} are frozen)")
+        named = _trained(module, (torch.float32,))
+        self.layout = _layout(module)
+        self.given_once = [parameter for parameter in module.parameters() if not parameter.requires_grad]
         device = named[0][1].device
-        if device.type == "meta":
-            raise ValueError(f"parameter {named[0][0]} is on the device meta, where there are no values")
-        owners: dict[int, str] = {}
-        for name, parameter in named:
-            owner = owners.setdefault(parameter.data_ptr(), name)
-            if owner != name and parameter.numel() > 0:
-                raise ValueError(f"parameter {name} is shared with {owner} as a view of its own")
-            if parameter.dtype != torch.float32 or parameter.device != device:
-                raise ValueError(
-                    f"parameter {name} is {parameter.dtype} on {parameter.device}; all must be float32 on {device}"
-                )
         self.size = sum(parameter.numel() for _, parameter in named)
         self.data = torch.empty(self.size, device=device)
         # One element more than the gradient: a flag that can travel with it in one all-reduce.
@@ -72,13 +105,9 @@ class FlatParameters:
 
     def check(self, module: nn.Module) -> None:
         """Raise RuntimeError if some trained parameter of `module` is not, or no longer, a view into `data`."""
-        if all(p.data_ptr() in self._places for p in module.parameters() if p.requires_grad):
-            return
-        astray = [n for n, p in module.named_parameters() if p.requires_grad and p.data_ptr() not in self._places]
-        raise RuntimeError(
-            f"parameter {astray[0]} ({len(astray)} in all) is not where it is exchanged: the module was moved, "
-            "converted, or given new or newly trained parameters since; do that before"
-        )
+        if not all(p.data_ptr() in self._places for p in module.parameters() if p.requires_grad):
+            trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+            _refuse([name for name, p in trained if p.data_ptr() not in self._places])
 
     def host(self) -> npt.NDArray[np.float32]:
         """The parameters in host memory: the live buffer itself on a CPU, else a fresh page-locked copy."""
@@ -91,3 +120,43 @@ class FlatParameters:
         """Take over what was written into the array that `host` gave."""
         if self._host is not None:
             self.data.copy_(self._host)
+
+
+class FlatCopy:
+    """A float32 copy (n,) of the trained parameters of `module`, of which some are float64, bfloat16 or float16.
+
+    The parameters stay where they are. What an exchange changes in the copy is added to them, and rounded to their
+    type once; so a float64 keeps its last digits, which are each rank's own. A value beyond float32 counts as one that
+    is not finite. `given_once` has all parameters: ranks begin alike to the last digit. Raises as FlatParameters does.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        named = _trained(module, COPIED)
+        self.layout, self.given_once = _layout(module), list(module.parameters())
+        self._parameters = [parameter for _, parameter in named]
+        # By identity: those of a model are few, and no two are equal.
+        self._types = {id(parameter): parameter.dtype for parameter in self._parameters}
+        sizes = [parameter.numel() for parameter in self._parameters]
+        self.size = sum(sizes)
+        self._copy = torch.empty(self.size, pin_memory=self._parameters[0].is_cuda)
+        parts = zip(torch.split(self._copy, sizes), self._parameters, strict=True)
+        self._views = [part.view(parameter.shape) for part, parameter in parts]
+
+    def check(self, module: nn.Module) -> None:
+        """Raise RuntimeError if some trained parameter of `module` is new, or was converted."""
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        _refuse([name for name, p in trained if p.is_meta or self._types.get(id(p)) != p.dtype])
+
+    def host(self) -> npt.NDArray[np.float32]:
+        """A fresh copy of the parameters in host memory."""
+        for view, parameter in zip(self._views, self._parameters, strict=True):
+            view.copy_(parameter.detach())
+        return self._copy.numpy()
+
+    def store_host(self) -> None:
+        """Add what was changed in the array that `host` gave."""
+        for view, parameter in zip(self._views, self._parameters, strict=True):
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            values, wanted = parameter.detach().to(wide), view.to(parameter.device, wide)
+            changed = values + (wanted - values.float().to(wide))
+            parameter.detach().copy_(torch.where(changed.isfinite(), changed, wanted))

@@ -99,10 +99,11 @@ def star(size: int) -> Rule:
     return undirected(lambda rank: range(1, size) if rank == 0 else range(1))
 
 
-def table(in_weights: Sequence[Weights]) -> Rule:
-    """A graph of which all edges are known: `in_weights[target][source]`."""
-    out: list[list[int]] = [[] for _ in in_weights]
-    for target, sources in enumerate(in_weights):
-        for source in sources:
-            out[source].append(target)
-    return Rule(lambda rank, _turn: in_weights[rank], lambda rank, _turn: out[rank])
+def table(rounds: Sequence[Sequence[Weights]]) -> Rule:
+    """Graphs of which all edges are known, a round each: `rounds[turn][target][source]`. As large as they are."""
+    out: list[list[list[int]]] = [[[] for _ in now] for now in rounds]
+    for targets, now in zip(out, rounds, strict=True):
+        for target, sources in enumerate(now):
+            for source in sources:
+                targets[source].append(target)
+    return Rule(lambda rank, turn: rounds[turn][rank], lambda rank, turn: out[turn][rank], len(rounds))

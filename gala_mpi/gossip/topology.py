@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,7 @@ import numpy as np
 
 from gala_mpi.config import ConfigError, at_home, reaching
 from gala_mpi.gossip.base_graph import base_graph
-from gala_mpi.gossip.edge_list import read_edge_list
+from gala_mpi.gossip.edge_list import Edge, edges_by_update, read_edge_list
 from gala_mpi.gossip.hierarchy import hierarchical
 from gala_mpi.gossip.rules import (
     Rule,
@@ -229,7 +229,23 @@ def make_topology(name: str, size: int, nodes: Sequence[str] | None = None) -> T
 
 def with_edges(name: str, in_weights: Sequence[Weights]) -> Topology:
     """A graph of which all edges are known, as a file has them: `in_weights[target][source]`. Local."""
-    return Topology(name, len(in_weights), table(in_weights), _digest(repr(in_weights)))
+    return Topology(name, len(in_weights), table([in_weights]), _digest(repr(in_weights)))
+
+
+def make_changing_topology(edges: Callable[[int], Iterable[Edge]], size: int, period: int) -> Topology:
+    """A topology over `size` ranks that is `edges(update)` at each update from 1 to `period`, and then again. Local.
+
+    `edges` gives (source, target), or (source, target, weight) for each edge, as a line of an edge list does; a rank
+    may send to nobody at an update. It must be the same function on all ranks. As every rank has a mailbox for each
+    that ever sends to it, `edges` is called here, for all updates; a rank holds all edges of a period.
+
+    Raises ValueError for a size or period below 1, and ConfigError for edges that cannot be used: over a period they
+    must be strongly connected, and at each update be there once, with weights into a rank that sum to less than 1.
+    """
+    if size < 1 or period < 1:
+        raise ValueError(f"a topology of {size} ranks and {period} updates: expected 1 or more of both")
+    rounds = edges_by_update(edges, size, period)
+    return Topology("changing", size, table(rounds), _digest(repr(rounds)))
 
 
 def _digest(text: str) -> str:

@@ -111,9 +111,18 @@ def nodes_of_two() -> Topology:
     return make_topology("hierarchical", SIZE, [f"node{rank // 2}" for rank in range(SIZE)])
 
 
+def shifting() -> Topology:
+    """Each rank sends one further at each update."""
+
+    def edges(update: int) -> list[tuple[int, int, float]]:
+        return [(rank, (rank + update) % SIZE, 0.4) for rank in range(SIZE)] if SIZE > 1 else []
+
+    return gala_mpi.make_changing_topology(edges, SIZE, max(LAST, 1))
+
+
 def in_lockstep_a_mix_is_the_mixing_matrix_and_keeps_the_mean() -> None:
     topologies: list[str | Topology] = ["ring", "bidirectional-ring", "one-peer-exponential", "complete", "star"]
-    topologies += ["base-2", "auto"]
+    topologies += ["base-2", "auto", shifting()]
     for topology in (*topologies, nodes_of_two()):
         for wire, relative in (("float32", 2**-22), ("bfloat16", 2**-8), ("float16", 2**-10)):
             model = rank_model()
@@ -281,9 +290,7 @@ def what_cannot_be_used_is_refused_on_all_ranks() -> None:
     twice = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     twice[1].weight = nn.Parameter(twice[0].weight.detach().t())
     for text, model in (
-        ("float64", nn.Linear(2, 2).double()),
-        ("float16", nn.Linear(2, 2).half()),
-        ("bfloat16", nn.Linear(2, 2).bfloat16()),
+        ("complex64", nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])),
         ("no parameters", nn.ReLU()),
         ("no parameters to train", frozen),
         ("without a shape", lazy),
@@ -456,6 +463,101 @@ def the_mean_of_all_ranks_is_the_mean_and_they_are_apart_from_it_by_the_distance
             assert gossip.consensus_distance() < 1e-5
 
 
+def parameters_of_other_types_are_averaged_in_their_own() -> None:
+    types = (torch.float64, torch.bfloat16, torch.float16, torch.float32)
+    model = nn.ParameterList([nn.Parameter(torch.full((3, 2), RANK + 1 / 3, dtype=dtype)) for dtype in types])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with gala_mpi.Gossip(model, COMM, "complete", max_staleness=0, neighbour_timeout_s=TIMEOUT_S) as gossip:
+        # As rank 0's, to the last digit.
+        assert all((parameter == torch.tensor(1 / 3, dtype=parameter.dtype)).all() for parameter in model)
+        for parameter in model:
+            parameter.grad = torch.full_like(parameter, -RANK)
+        optimizer.step()
+        alone = [parameter.clone() for parameter in model]
+        gossip.step()
+        COMM.Barrier()  # a rank that closes earlier posts what it has mixed, in place of what it posted before
+        for parameter, before, dtype in zip(model, alone, types, strict=True):
+            assert parameter.dtype == dtype
+            expected = torch.full((3, 2), LAST / 2 + 1 / 3, dtype=torch.float64)
+            error = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * SIZE
+            torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=error)
+            assert SIZE > 1 or torch.equal(parameter, before)
+        model.double()
+        with raises(RuntimeError, "is not where it is exchanged"):
+            gossip.step()
+    with gala_mpi.Gossip(model, COMM, "complete") as gossip:
+        if RANK != LAST:
+            gossip.step()
+        COMM.Barrier()
+        if RANK == LAST and SIZE > 1:
+            # Beyond float32 is as good as infinite: this rank goes on with a neighbour's.
+            with torch.no_grad():
+                model[0].fill_(1e300)
+            assert gossip.step() and (model[0].abs() < 10).all()
+
+
+def the_mean_of_buffers_is_taken_on_request() -> None:
+    model = rank_model()
+    model[1].running_mean.fill_(RANK)
+    model[1].num_batches_tracked.fill_(RANK)
+    with gala_mpi.Gossip(model, COMM) as gossip:
+        gossip.average()
+        assert (model[1].running_mean == RANK).all()
+        gossip.average(buffers=True)
+        torch.testing.assert_close(model[1].running_mean, torch.full((5,), LAST / 2))
+        assert int(model[1].num_batches_tracked) == RANK
+        if SIZE > 1:
+            model.register_buffer("own", torch.zeros(1 + RANK))
+            with raises(gala_mpi.DisagreementError, "buffers must be the same on all ranks"):
+                gossip.average(buffers=True)
+
+
+def ranks_of_a_node_go_on_as_one() -> None:
+    node = COMM.Split(RANK // 2)
+    nodes = (SIZE + 1) // 2
+    options: dict[str, Any] = {"node": node, "neighbour_timeout_s": TIMEOUT_S, "node_timeout_s": 4 * TIMEOUT_S}
+    model = rank_model()
+    with gala_mpi.NodeGossip(model, COMM, "complete", max_staleness=0, **options) as gossip:
+        assert (on_all(model) == vector(model)).all() and (gossip.gossip is None) == bool(RANK % 2)
+        with torch.no_grad():
+            model[2].bias.fill_(RANK)
+        assert not gossip.step()
+        COMM.Barrier()
+        expected = np.mean([np.mean([rank for rank in range(SIZE) if rank // 2 == place]) for place in range(nodes)])
+        torch.testing.assert_close(model[2].bias.detach(), torch.full((3,), float(expected)))
+        assert gossip.consensus_distance() < 1e-6
+        with torch.no_grad():
+            model[2].bias.fill_(RANK)
+        gossip.average()
+        torch.testing.assert_close(model[2].bias.detach(), torch.full((3,), float(expected)))
+        saved = gossip.state_dict()
+        assert bool(saved) == (gossip.gossip is not None)
+        gossip.load_state_dict(saved)
+    with raises(RuntimeError, "closed"):
+        gossip.step()
+    with raises(gala_mpi.DisagreementError, "wire"):
+        gala_mpi.NodeGossip(rank_model(), COMM, node=node, wire="float8")
+    with gala_mpi.NodeGossip(model, COMM, "complete", **options) as gossip:
+        spoilt = RANK // 2 == LAST // 2
+        if not spoilt:
+            gossip.step()
+        COMM.Barrier()
+        if spoilt:
+            # By one of its ranks: the node goes on with another's, or ends.
+            if RANK == LAST:
+                model[0].weight.data[0, 0] = torch.nan
+            if nodes > 1:
+                assert gossip.step() and np.isfinite(vector(model)).all()
+            else:
+                with raises(gala_mpi.DivergedError, "not finite"):
+                    gossip.step()
+    node.Free()
+    # All ranks of this program share memory.
+    with gala_mpi.NodeGossip(rank_model(), COMM) as gossip:
+        assert (gossip.gossip is None) == (RANK > 0)
+        gossip.step()
+
+
 def an_array_is_gossiped_as_it_is() -> None:
     values = np.full((3, 5), RANK, np.float32)
     with gala_mpi.Gossip(values, COMM, "complete", max_staleness=0, broadcast=False) as gossip:
@@ -485,6 +587,9 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
     a_close_that_timed_out_leaves_the_communicator_alone_and_may_be_called_again,
     a_restart_goes_on_from_what_each_rank_had,
     the_mean_of_all_ranks_is_the_mean_and_they_are_apart_from_it_by_the_distance,
+    parameters_of_other_types_are_averaged_in_their_own,
+    the_mean_of_buffers_is_taken_on_request,
+    ranks_of_a_node_go_on_as_one,
     an_array_is_gossiped_as_it_is,
 )
 

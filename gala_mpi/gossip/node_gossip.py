@@ -1,0 +1,182 @@
+"""All-reduce inside a node, gossip between nodes: the ranks of a node go on as one agent.
+
+A step takes the mean of the node's parameters by an all-reduce. The lowest rank of the node, its leader, then makes a
+step of `Gossip` with the leaders of other nodes, and hands its parameters to the others. So between nodes nobody waits
+for anybody, and inside a node all wait for the slowest. With plain SGD the mean of parameters after a step is the step
+by the mean gradient: inside a node that is synchronous SGD.
+
+Growth: a node sends and holds what one rank of `Gossip` does, over a topology of as many ranks as there are nodes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from gala_mpi.gossip.consensus import mean_of_all
+from gala_mpi.gossip.given import flat_of, layout_facts, share_parameters
+from gala_mpi.gossip.gossip import DivergedError, Gossip
+from gala_mpi.gossip.topology import Topology
+from gala_mpi.mpi.collective import DisagreementError, alike_on_all_ranks
+from gala_mpi.mpi.room import NoRoomError
+from gala_mpi.mpi.waiting import wait_until
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from mpi4py.MPI import Intracomm
+    from torch import nn
+
+    from gala_mpi.gossip.flat import Flat
+
+# What a leader tells its node beside the parameters.
+USUAL, REPLACED, DIVERGED = 0.0, 1.0, 2.0
+
+
+class NodeGossip:
+    """Gossip between nodes of a model whose parameters are alike inside each: used like `Gossip`, see there.
+
+        with NodeGossip(model, comm) as gossip:
+            ...
+            optimizer.step(); gossip.step()
+
+    Making and closing it are collective over `comm`, and a step is collective over the node. node: the ranks that go
+    on as one, a communicator that this object uses and does not free; None: those of `comm` that share memory.
+    topology: over nodes, by the order of their lowest ranks. node_timeout_s: how long a rank waits for its node.
+    `options` are those of `Gossip`, for the leaders. `gossip` is the leader's exchange, with its counters, and None on
+    all other ranks.
+
+    Raises DisagreementError and NoRoomError as `Gossip` does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | npt.NDArray[np.float32] | Flat,
+        comm: Intracomm,
+        topology: str | Topology = "auto",
+        *,
+        node: Intracomm | None = None,
+        node_timeout_s: float = 600.0,
+        broadcast: bool = True,
+        **options: Any,
+    ) -> None:
+        from mpi4py import MPI
+
+        def prepare() -> tuple[Flat, dict[str, object]]:
+            flat = flat_of(model)
+            return flat, {**layout_facts(flat), "node_timeout_s": node_timeout_s, "broadcast": broadcast}
+
+        self._flat = alike_on_all_ranks(comm, prepare)
+        self._model = None if self._flat is model or isinstance(model, np.ndarray) else cast("nn.Module", model)
+        here = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank) if node is None else node.Dup()
+        self._node = cast("Intracomm", here)
+        self._timeout_s, self._closed = node_timeout_s, False
+        # Parameters, and what the leader tells.
+        self._message = np.zeros(self._flat.size + 1, np.float32)
+        if broadcast:
+            share_parameters(self._flat, comm)
+        leaders = cast("Intracomm", comm.Split(0 if self._node.rank == 0 else MPI.UNDEFINED, comm.rank))
+        self.gossip: Gossip | None = None
+        refusal: Exception | None = None
+        if leaders != MPI.COMM_NULL:
+            try:
+                self.gossip = Gossip(self._flat, leaders, topology, broadcast=False, **options)
+            except (DisagreementError, NoRoomError) as error:
+                refusal = error
+            leaders.Free()
+        # Leaders are refused alike, and the others are to know.
+        for found in comm.allgather(refusal):
+            if found is not None:
+                self._node.Free()
+                raise found
+
+    def step(self, agent_steps: int = 0) -> bool:
+        """Take the mean over the node, and gossip with other nodes. Collective over the node.
+
+        Returns and raises what `Gossip.step` does, on all ranks of the node alike; and TimeoutError if some rank of
+        the node does not come within `node_timeout_s` seconds.
+        """
+        if self._closed:
+            raise RuntimeError("the exchange is closed")
+        if self._model is not None:
+            self._flat.check(self._model)  # type: ignore[attr-defined]
+        self._take_mean()
+        told, failure = USUAL, None
+        if self.gossip is not None:
+            try:
+                told = REPLACED if self.gossip.step(agent_steps) else USUAL
+            except DivergedError as error:
+                told, failure = DIVERGED, error
+        told = self._hand_round(told)
+        if told == DIVERGED:
+            raise failure or DivergedError("the parameters of this node are not finite, and its leader found no others")
+        return told == REPLACED
+
+    def average(self, timeout_s: float = 600.0) -> None:
+        """Give all ranks the mean over all nodes. Collective; raises TimeoutError as `step` does."""
+        self._take_mean()
+        if self.gossip is not None:
+            self.gossip.average(timeout_s=timeout_s)
+        self._hand_round(USUAL)
+
+    def consensus_distance(self, timeout_s: float = 600.0) -> float:
+        """How far nodes are apart, as `Gossip` has it. Collective; raises TimeoutError as `step` does."""
+        distance = self.gossip.consensus_distance(timeout_s) if self.gossip is not None else 0.0
+        return self._hand_round(distance)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart goes on from: the leader's, and empty on all other ranks. Local."""
+        return {} if self.gossip is None else self.gossip.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave on the leader of a node. Local."""
+        if self.gossip is not None and state:
+            self.gossip.load_state_dict(state)
+
+    def _take_mean(self) -> None:
+        state = self._flat.host()
+        if self._node.size > 1:
+            state[:] = mean_of_all(state, self._node, self._timeout_s)
+            self._flat.store_host()
+
+    def _hand_round(self, told: float) -> float:
+        """Give the node the leader's parameters, and a number, which is returned."""
+        if self._node.size == 1:
+            return told
+        state = self._flat.host()
+        if self._node.rank == 0:
+            self._message[:-1], self._message[-1] = state, told
+        request = self._node.Ibcast(self._message, root=0)
+        if not wait_until(request.Test, self._timeout_s):
+            raise TimeoutError(f"some rank of this node has not come within {self._timeout_s:g} s")
+        if self._node.rank > 0:
+            state[:] = self._message[:-1]
+            self._flat.store_host()
+        return float(self._message[-1])
+
+    def close(self, timeout_s: float = 600.0) -> None:
+        """End the exchange. Collective; a second call does nothing. Raises TimeoutError as `Gossip.close` does."""
+        if self._closed:
+            return
+        end = time.monotonic() + timeout_s
+        if self.gossip is not None:
+            self.gossip.close(timeout_s)
+        request = self._node.Ibarrier()
+        if not wait_until(request.Test, max(end - time.monotonic(), 0.0)):
+            raise TimeoutError(f"some rank has not come to the end of the exchange within {timeout_s:g} s")
+        self._closed = True
+        self._node.Free()
+
+    def __enter__(self) -> NodeGossip:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # As of Gossip: after an error the others may never come.
+        if error is None:
+            self.close()
