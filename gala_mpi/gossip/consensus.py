@@ -13,10 +13,10 @@ from gala_mpi.mpi.collective import DisagreementError
 from gala_mpi.mpi.waiting import wait_until
 
 if TYPE_CHECKING:
-    from mpi4py.MPI import Intracomm, Op
+    from mpi4py.MPI import Intracomm
     from torch import nn
 
-AnyFloat = TypeVar("AnyFloat", np.float32, np.float64)
+AnyNumber = TypeVar("AnyNumber", np.float32, np.float64, np.int64)
 
 
 def mean_of_all(values: npt.NDArray[np.float32], comm: Intracomm, timeout_s: float) -> npt.NDArray[np.float32]:
@@ -43,13 +43,12 @@ def average_buffers(module: nn.Module, comm: Intracomm, timeout_s: float) -> Non
 
     Raises as `mean_of_all` does, and DisagreementError, on all ranks, if those of some rank are not those of rank 0.
     """
-    from mpi4py import MPI
-
     named = [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()]
     layout = repr([(name, buffer.shape, buffer.dtype) for name, buffer in named])
-    mark = int.from_bytes(hashlib.blake2b(layout.encode(), digest_size=4).digest())
-    most, least = _reduced(np.array([mark, -mark], float), comm, timeout_s, "mean", MPI.MAX)
-    if most != -least:
+    mark = int.from_bytes(hashlib.blake2b(layout.encode(), digest_size=2).digest())
+    total, squares = _reduced(np.array([mark, mark * mark]), comm, timeout_s, "mean").tolist()
+    # Of numbers that are all alike, and of no others.
+    if comm.size * squares != total * total:
         raise DisagreementError("the model's buffers must be the same on all ranks, but for their values")
     if not named:
         return
@@ -61,12 +60,10 @@ def average_buffers(module: nn.Module, comm: Intracomm, timeout_s: float) -> Non
         offset += buffer.numel()
 
 
-def _reduced(
-    mine: npt.NDArray[AnyFloat], comm: Intracomm, timeout_s: float, what: str, operation: Op | None = None
-) -> npt.NDArray[AnyFloat]:
-    """The sum of the ranks' vectors, or what else the operation says; `mine` is not to be touched any more."""
+def _reduced(mine: npt.NDArray[AnyNumber], comm: Intracomm, timeout_s: float, what: str) -> npt.NDArray[AnyNumber]:
+    """The sum of the ranks' vectors; `mine` is not to be touched any more."""
     total = np.empty_like(mine)
-    request = comm.Iallreduce(mine, total) if operation is None else comm.Iallreduce(mine, total, operation)
+    request = comm.Iallreduce(mine, total)
     if not wait_until(request.Test, timeout_s):
         raise TimeoutError(f"some rank has not come to this {what} within {timeout_s:g} s")
     return total

@@ -24,6 +24,7 @@ from gala_mpi.gossip.topology import Topology
 from gala_mpi.mpi.collective import DisagreementError, alike_on_all_ranks
 from gala_mpi.mpi.room import NoRoomError
 from gala_mpi.mpi.waiting import wait_until
+from gala_mpi.mpi.window import node_leaders
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -64,30 +65,30 @@ class NodeGossip:
         broadcast: bool = True,
         **options: Any,
     ) -> None:
-        from mpi4py import MPI
-
         def prepare() -> tuple[Flat, dict[str, object]]:
             flat = flat_of(model)
             return flat, {**layout_facts(flat), "node_timeout_s": node_timeout_s, "broadcast": broadcast}
 
         self._flat = alike_on_all_ranks(comm, prepare)
         self._model = None if self._flat is model or isinstance(model, np.ndarray) else cast("nn.Module", model)
-        here = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.rank) if node is None else node.Dup()
+        here = comm.Split(node_leaders(comm)[comm.rank], comm.rank) if node is None else node.Dup()
         self._node = cast("Intracomm", here)
         self._timeout_s, self._closed = node_timeout_s, False
         # Parameters, and what the leader tells.
         self._message = np.zeros(self._flat.size + 1, np.float32)
         if broadcast:
             share_parameters(self._flat, comm)
-        leaders = cast("Intracomm", comm.Split(0 if self._node.rank == 0 else MPI.UNDEFINED, comm.rank))
+        leads = self._node.rank == 0
+        # Of leaders, and of all others.
+        peers = cast("Intracomm", comm.Split(int(leads), comm.rank))
         self.gossip: Gossip | None = None
         refusal: Exception | None = None
-        if leaders != MPI.COMM_NULL:
+        if leads:
             try:
-                self.gossip = Gossip(self._flat, leaders, topology, broadcast=False, **options)
+                self.gossip = Gossip(self._flat, peers, topology, broadcast=False, **options)
             except (DisagreementError, NoRoomError) as error:
                 refusal = error
-            leaders.Free()
+        peers.Free()
         # Leaders are refused alike, and the others are to know.
         for found in comm.allgather(refusal):
             if found is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -16,7 +17,14 @@ from hypothesis import strategies as st
 from gala_mpi.config import ConfigError
 from gala_mpi.gossip import mixing
 from gala_mpi.gossip.mixing import effective_neighbours
-from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology, mixing_weights, warning_of
+from gala_mpi.gossip.topology import (
+    TOPOLOGIES,
+    Topology,
+    make_changing_topology,
+    make_topology,
+    mixing_weights,
+    warning_of,
+)
 from gala_mpi.graphs.measures import diameter, is_doubly_stochastic, measure, spectral_gap
 
 
@@ -430,3 +438,41 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="a text file that can be read"):
         make_topology(str(tmp_path / "binary"), 2)
+
+
+def test_a_topology_that_is_a_function_of_the_update() -> None:
+    topology = make_changing_topology(lambda update: [(rank, (rank + update) % 4) for rank in range(4)], 4, 3)
+    assert topology.rotating and topology.period == 3 and topology.name == "changing"
+    assert [topology.targets(0, update) for update in (1, 2, 3, 4)] == [(1,), (2,), (3,), (1,)]
+    assert topology.in_neighbours(0) == (1, 2, 3) and topology.weights(0, 2) == (0.5, (0.0, 0.5, 0.0))
+    again = make_changing_topology(lambda update: [(rank, (rank + update) % 4) for rank in range(4)], 4, 3)
+    other = make_changing_topology(lambda update: [(rank, (rank - update) % 4) for rank in range(4)], 4, 3)
+    assert topology.digest == again.digest != other.digest
+    weighted = make_changing_topology(lambda update: [(0, 1, 0.2)] if update == 1 else [(1, 0, 0.7)], 2, 2)
+    assert weighted.weights(1, 1) == (0.8, (0.2,)) and weighted.weights(1, 2) == (1.0, (0.0,))
+    assert weighted.targets(0, 2) == () and effective_neighbours(weighted) > 1
+
+
+@pytest.mark.parametrize(
+    ("edges", "complaint"),
+    [
+        ([(0, 0), (1, 0)], r"update 1: \(0, 0\).* two different ranks"),
+        ([(0, 1), (0, 1)], r"update 1: \(0, 1\).* each edge once"),
+        ([(0, 2)], r"ranks from 0 to 1"),
+        ([(0, 1, 1.5)], r"a weight above 0 and below 1"),
+        ([(0, 1, 0.5), (1, 0)], r"a weight on every edge, or on none"),
+        ([(0.5, 1)], r"in numbers"),
+        ([7], r"update 1: 7.* a line `source target`"),
+        ([(0, 1)], r"3 updates.* rank 1 cannot reach rank 0"),
+    ],
+)
+def test_a_function_whose_edges_cannot_be_used_is_refused(edges: list[Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        make_changing_topology(lambda _: edges, 2, 3)
+
+
+def test_a_changing_topology_has_ranks_and_updates() -> None:
+    for size, period in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="expected 1 or more of both"):
+            make_changing_topology(lambda _: [], size, period)
+    assert make_changing_topology(lambda _: [], 1, 1).out_neighbours(0) == ()
