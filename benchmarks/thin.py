@@ -7,6 +7,10 @@ parameters, as an optimiser's step does, and then does what a rank of `gala-mpi 
 `Board.report`. So what is measured is start-up, memory, mixing, the board, and what lost ranks do to all that. What a
 step costs is not: there are more ranks than cores.
 
+Of its 2 n + 1 parameters the first n take noise and keep it; the next n forget it, by the factor sqrt(gamma) at each
+update; the last counts the steps. The first show how far ranks are apart; the others, by how much less noise they have
+than those of a rank alone, from how many ranks it gains (benchmarks/mixing.py).
+
 This script starts the ranks by mpirun, and is told by files what they do. At some instants all ranks write down their
 parameters; their distance to their mean is the consensus distance. `--kill N` kills N ranks in a row (ranks of one
 "node", if they are numbered by nodes), after the first of which it waits until all that live have noticed. The ranks
@@ -29,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +49,15 @@ def thin(args: argparse.Namespace) -> int:
 
     from gala_mpi.gossip.courier import Courier
     from gala_mpi.gossip.gossip import Gossip
+    from gala_mpi.gossip.mixing import GAMMA
     from gala_mpi.mpi.waiting import wait_until
     from gala_mpi.train.board import Board
 
     comm, folder = MPI.COMM_WORLD, args.folder
     rng = np.random.default_rng([args.seed, comm.rank])
-    values = np.zeros(args.parameters, np.float32)
+    values = np.zeros(2 * args.parameters + 1, np.float32)
+    kept = np.ones_like(values)
+    kept[args.parameters : -1] = np.sqrt(GAMMA)
     courier = Courier(comm)
     board = Board(comm, courier, args.timeout_s)
     gossip = Gossip(
@@ -67,7 +75,9 @@ def thin(args: argparse.Namespace) -> int:
     tell("pid", {"pid": os.getpid(), "time_s": time.time(), "topology": gossip.topology.name})
     while "stop" not in told:
         time.sleep(rng.uniform(0.5, 1.5) * args.update_s)
-        values += rng.normal(0.0, 1.0, args.parameters).astype(np.float32)
+        values *= kept
+        values[:-1] += rng.standard_normal(2 * args.parameters, np.float32)
+        values[-1] += 1.0
         update += 1
         gossip.step(update)
         board.report(update, update, gossip.counters.staleness)
@@ -122,6 +132,35 @@ def memory() -> dict[str, int]:
     return {"rss_bytes": 1024 * kib["Rss"], "pss_bytes": 1024 * kib["Pss"]}
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What all ranks that live told at about one time: facts, and their parameters (ranks, 2 n + 1)."""
+
+    facts: dict[int, dict[str, Any]]
+    vectors: np.ndarray
+
+    @property
+    def distance(self) -> float:
+        """The consensus distance of those that keep their noise, a parameter's."""
+        kept = self.vectors[:, : self.vectors.shape[1] // 2]
+        return float(np.sqrt(np.mean(np.square(kept - kept.mean(axis=0)))))
+
+    @property
+    def variance(self) -> float:
+        """Of those that forget their noise."""
+        return float(np.mean(np.square(self.vectors[:, self.vectors.shape[1] // 2 : -1])))
+
+    @property
+    def steps(self) -> float:
+        """The mean of all counts of steps."""
+        return float(self.vectors[:, -1].mean())
+
+    @property
+    def updates(self) -> float:
+        """Mean number of updates of a rank."""
+        return statistics.mean(facts["update"] for facts in self.facts.values())
+
+
 class Job:
     """Thin ranks under mpirun, as this script sees them."""
 
@@ -160,14 +199,14 @@ class Job:
                 sys.exit(f"{name}: {len(found)} of {self._args.ranks - len(self.dead)} ranks within {deadline_s:g} s")
             time.sleep(0.2)
 
-    def order(self, what: str, deadline_s: float) -> tuple[dict[int, dict[str, Any]], float]:
-        """All that live look, and tell: their facts, and the consensus distance."""
+    def order(self, what: str, deadline_s: float) -> Seen:
+        """All that live look, and tell."""
         self._orders += 1
         name = f"order-{self._orders}-{what}"
         (self._folder / name).touch()
         facts = self.gather(name, deadline_s)
-        vectors = np.array([np.load(self._folder / f"{name}-{rank}.npy") for rank in facts])
-        return facts, float(np.sqrt(np.mean(np.square(vectors - vectors.mean(axis=0)))))
+        vectors = [np.load(self._folder / f"{name}-{rank}.npy") for rank in facts]
+        return Seen(facts, np.array(vectors, float))
 
     def kill(self, number: int, pids: dict[int, int]) -> None:
         """Kill so many ranks in a row, from a quarter of those that live on."""
@@ -213,14 +252,13 @@ def observe(job: Job, args: argparse.Namespace) -> dict[str, Any]:
         end = time.monotonic() + args.deadline_s
         while True:
             time.sleep(args.settle_s)
-            facts, distance = job.order("look", args.deadline_s)
+            facts = job.order("look", args.deadline_s).facts
             if all(f["lost"] == len(job.dead) and f["mixed"] > 0 for f in facts.values()) or time.monotonic() > end:
                 break
         time.sleep(args.settle_s)
-        distances = [job.order("look", args.deadline_s)[1] for _ in range(args.looks)]
-        facts, distance = job.order("look", args.deadline_s)
-        distances.append(distance)
-        acts.append(act(number, facts, distances))
+        seen = [job.order("look", args.deadline_s) for _ in range(args.looks + 1)]
+        facts = seen[-1].facts
+        acts.append(act(number, facts, [one.distance for one in seen]))
         print(json.dumps(acts[-1]), flush=True)
     job.order("stop", args.deadline_s)
     codes = {facts["code"] for facts in job.gather("end", args.deadline_s).values()}
@@ -257,7 +295,7 @@ def main() -> int:
         "--kill", type=int, action="append", default=[], help="so many more ranks, one act after another"
     )
     parser.add_argument("--topology", default="auto")
-    parser.add_argument("--parameters", type=int, default=1000)
+    parser.add_argument("--parameters", type=int, default=500, help="of each kind")
     parser.add_argument("--update-s", type=float, default=0.5, help="mean sleep of an update")
     parser.add_argument("--timeout-s", type=float, default=20.0, help="silence after which a rank is lost")
     parser.add_argument("--settle-s", type=float, default=20.0, help="between acts, before distances are taken")

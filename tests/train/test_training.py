@@ -124,10 +124,12 @@ def test_other_topologies_mix_all_in_neighbours(one_mpi: Mpi, topology: str, onc
     run = short_runs(once, one_mpi, 4) / topology
     degree = {"complete": 3, "hypercube": 2}[topology]
     for rank in range(4):
-        assert len(set(rows(run, rank, "neighbours")["rank"])) == degree
-        mixed = rows(run, rank, "updates")["messages_mixed"]
-        # A mix takes a message of every in-neighbour; only at the very end some have finished.
-        assert mixed[-1] > 0 and set(np.diff(mixed[:-5])) <= {0, degree}
+        neighbours = rows(run, rank, "neighbours")
+        fresh = {int(source) for source in neighbours["rank"][neighbours["staleness"] == 0]}
+        assert len(fresh) == len(set(neighbours["rank"])) == degree
+        # At an update as many as have left a message, whoever has not.
+        mixed = np.diff(rows(run, rank, "updates")["messages_mixed"])
+        assert mixed.sum() > 0 and set(mixed) <= set(range(degree + 1))
 
 
 def test_auto_chooses_a_topology_says_and_records_it_and_chooses_anew_for_another_number_of_ranks(
@@ -316,8 +318,8 @@ def test_progress_is_shown(one_mpi: Mpi, tmp_path: Path) -> None:
     assert len(lines) >= 3, done.stdout
     steps = [int(re.search(r"([\d,]+) of 900,000,000 steps", line).group(1).replace(",", "")) for line in lines]
     assert all(later > sooner for sooner, later in itertools.pairwise(steps))
-    for word in ("mean return", "over 100 episodes", "staleness"):
-        assert word in lines[-1]
+    for word in ("mean return", r"over [1-9]\d* episodes", "staleness"):
+        assert re.search(word, lines[-1])
 
 
 @pytest.mark.check
