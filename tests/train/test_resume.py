@@ -195,7 +195,7 @@ def test_another_number_of_ranks_goes_on(mpi: Mpi, run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_curve_over_the_seam_shows_no_dip(one_mpi: Mpi, tmp_path: Path) -> None:
+def test_a_policy_is_as_sure_after_the_seam_as_before(one_mpi: Mpi, tmp_path: Path) -> None:
     """Stopped while it climbs, and changed in nothing: what the policy or the optimiser lost would show at once."""
     run = tmp_path / "run"
     # A quarter of the budget.
