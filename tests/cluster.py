@@ -135,7 +135,7 @@ class Cluster:
             check=True,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
         )
 
     def _environment(self) -> dict[str, str]:
@@ -194,7 +194,7 @@ def _pids(namespace: str) -> list[int]:
 
 
 def _command(*args: str) -> str:
-    return subprocess.run(args, check=True, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(args, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 def _check_rights() -> None:

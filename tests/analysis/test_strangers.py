@@ -190,7 +190,7 @@ def test_who_watches_a_reader_that_is_gone_ends_nobody_else() -> None:
     shell = subprocess.Popen(
         [sys.executable, "-c", SUBREAPER, sys.executable, WATCHED], cwd=ROOT / "analysis", stdout=subprocess.PIPE
     )
-    out, _ = shell.communicate(timeout=60)
+    out, _ = shell.communicate(timeout=240)
     assert shell.returncode == 0 and out == b"watched\nalive\n"
 
 
@@ -260,6 +260,6 @@ def test_a_damaged_file_that_its_writer_left_open_does_not_hold_the_reader(tmp_p
     path.write_bytes(open_ones)
     program = f"import runs; runs.DEADLINE_S = 2.0; from pathlib import Path; runs.read_run(Path({str(path.parent)!r}))"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT / "analysis", capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program], cwd=ROOT / "analysis", capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode != 0 and str(path) in done.stderr and "cannot be read" in done.stderr

@@ -96,7 +96,7 @@ def test_runs_of_one_rank_each_are_told_once(mpi: Mpi, through: str, tmp_path: P
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=360,
             check=False,
         )
         assert done.returncode == 1, done.stderr
@@ -121,7 +121,7 @@ def test_ranks_bound_to_one_core_fail(mpich: Mpi, tmp_path: Path) -> None:
     core = str(min(os.sched_getaffinity(0)))
     command = ["taskset", "-c", core, *mpich.command(2, *COMMAND, "--json")]
     done = subprocess.run(
-        command, env=clean_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False
+        command, env=clean_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=360, check=False
     )
     finding = one(entries_of(done), "cores.binding")
     assert finding["status"] == FAIL and finding["ranks"] == [0, 1] and "-bind-to core" in finding["fix"]
@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=360,
         check=False,
     )
     finding = one(entries_of(done), "output.hdf5")
@@ -215,7 +215,7 @@ def in_shared_memory(
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=360,
         check=False,
     )
 
@@ -362,6 +362,6 @@ def test_what_would_ruin_a_run_is_the_same_on_all_ranks(mpi: Mpi, tmp_path: Path
 def test_a_singleton_is_ruinous(mpi: Mpi) -> None:
     environment = clean_environment(**dict(mpi.environment), SLURM_NTASKS="2", SLURM_PROCID="1")
     done = subprocess.run(
-        [mpi.python, "-c", RUINOUS, "1000"], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [mpi.python, "-c", RUINOUS, "1000"], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert [finding["check"] for finding in json.loads(done.stdout)[1]] == ["ranks.launch"], done.stderr

@@ -28,7 +28,7 @@ def transfer(mpi: Mpi, size: int, *args: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 15) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s"
@@ -122,7 +122,7 @@ def test_ranks_are_found_on_their_hosts_and_end_with_the_cluster(cluster: Cluste
     os.kill(ranks[3], signal.SIGSTOP)
     cluster.cut(cluster.hosts[2])
     cluster.__exit__()
-    process.communicate(timeout=10)
+    process.communicate(timeout=40)
     assert not any(map(runs, [process.pid, *everything]))
 
 

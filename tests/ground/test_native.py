@@ -535,7 +535,7 @@ def swap_in(name: str, place: int, values: range) -> list[int]:
     memory = SharedMemory(name)
     word, *flags = np.frombuffer(memory.buf, np.int64, 3).reshape(3, 1)
     _native.swap(flags[place], 1)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not _native.load(flags[1 - place]):
         assert time.monotonic() < deadline, "the other process has not come"
     got = [_native.swap(word, value) for value in values]

@@ -29,7 +29,7 @@ STUCK = {
 @pytest.mark.parametrize("where", STUCK)
 def test_a_process_that_is_stuck_ends_with_its_stack(where: str) -> None:
     program = PROGRAM.format(STUCK[where])
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout == "" and "<module>" in done.stderr, done.stderr
     if where.endswith("lock"):
         assert done.returncode == -signal.SIGABRT
@@ -48,13 +48,13 @@ def test_a_process_that_was_stopped_for_longer_than_a_limit_goes_on() -> None:
     process.send_signal(signal.SIGSTOP)
     time.sleep(9)
     process.send_signal(signal.SIGCONT)
-    assert process.communicate(timeout=30)[0] == "went on\n" and process.returncode == 0
+    assert process.communicate(timeout=120)[0] == "went on\n" and process.returncode == 0
 
 
 def test_what_ends_in_time_goes_on() -> None:
     # Also where the interpreter's lock is held, later and without a limit.
     program = PROGRAM.format("pass") + "ctypes.PyDLL(None).usleep(4_000_000); print('and on')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
     assert (done.returncode, done.stdout) == (0, "went on\nand on\n"), done.stderr
 
 
@@ -84,7 +84,7 @@ def test_of_limits_within_each_other_the_nearest_ends_the_process(
     """Also the outer one's, once the inner one has ended."""
     inside, after = (stuck, "pass") if where == "inside" else ("pass", stuck)
     program = NESTED.format(*limits, inside, after)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == (-signal.SIGABRT if stuck == LOCK else 1), done.stderr
     assert f"[0/1] error: {said}; every thread" in done.stderr and done.stdout == ""
 
@@ -93,5 +93,5 @@ def test_after_limits_within_each_other_none_is_left() -> None:
     program = (
         NESTED.format(1, 2, "pass", "pass") + "time.sleep(3)\nctypes.PyDLL(None).usleep(3_000_000)\nprint('and on')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
     assert (done.returncode, done.stdout) == (0, "went on\nand on\n"), done.stderr

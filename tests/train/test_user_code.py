@@ -64,7 +64,7 @@ def test_a_watchdog_ends_a_process_that_is_within() -> None:
         "    threading.Thread(target=lambda: os._exit(9)).start()\n"
         "    time.sleep(60)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=50).returncode == 9
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=200).returncode == 9
 
 
 def test_an_error_whose_text_cannot_be_had_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +184,7 @@ def test_simulators_that_do_not_close_take_nothing_back(one_mpi: Mpi, task: str,
 def test_signals_that_an_environment_has_taken_are_taken_back(mpi: Mpi, task: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = mpi.start(2, *TRAIN, *LONG, "--checkpoint-every-s", "0.5", "--out", str(run), env=doing(task))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     # Past the thousandth step of each, in which they are taken.
     while min(updates(run, 0), updates(run, 1)) < 100 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)

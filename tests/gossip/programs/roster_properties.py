@@ -27,7 +27,7 @@ from gala_mpi.mpi.waiting import wait_until
 
 PER_NODE = 3
 ENOUGH = 100
-DEADLINE_S = 60
+DEADLINE_S = 240
 world = MPI.COMM_WORLD
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 import gala_mpi
 
-DEADLINE_S = 100.0
+DEADLINE_S = 400.0
 COMM = MPI.COMM_WORLD
 RANK, SIZE = COMM.rank, COMM.size
 

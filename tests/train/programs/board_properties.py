@@ -17,7 +17,7 @@ from gala_mpi.learning.environments import Episode
 from gala_mpi.mpi.waiting import wait_until
 from gala_mpi.train.board import RECENT_EPISODES, Board
 
-DEADLINE_S = 60
+DEADLINE_S = 240
 BEFORE = 1_000
 UPDATES = 200
 world = MPI.COMM_WORLD
