@@ -2,7 +2,7 @@
 
 Each rank has a core of its own, and draws the time of an update, without its exchange, from what was measured. What it
 does then is what gala-mpi does (see `gala_mpi.gossip.gossip` and `gala_mpi.gossip.background`). Under gossip it
-averages if every in-neighbour has left a message, posts, and goes on; a post that finds the link busy replaces the one
+averages if an in-neighbour has left a message, posts, and goes on; a post that finds the link busy replaces the one
 that waits. Under all-reduce all ranks wait for the slowest at every update, and then for the network.
 """
 

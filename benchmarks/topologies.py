@@ -22,6 +22,7 @@ import heapq
 import json
 import os
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ COLUMNS = 64
 # Updates that are left out, until variance and drift have come to their heights, and those that are counted.
 BEFORE, COUNTED = 1000, 500
 UPDATE_SPREAD, RANK_SPREAD = 0.2, 0.1
+SEEDS = 5
 # The rank that is slow or silent, where one is.
 APART = 3
 
@@ -138,16 +140,26 @@ def out_of_step(
     }
 
 
+def several(topology: Topology, way: str = "come", case: str = "even") -> dict[str, float]:
+    """The means of SEEDS runs, and the standard error of the effective neighbours, as a share of them."""
+    rngs = [np.random.default_rng([seed, topology.size]) for seed in range(1, SEEDS + 1)]
+    runs = [out_of_step(topology, rng, way, case) for rng in rngs]
+    means = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
+    spread = statistics.stdev(run["neighbours"] for run in runs)
+    return {**means, "neighbours_error": spread / SEEDS**0.5 / means["neighbours"]}
+
+
 def simulated(name: str, size: int) -> dict[str, Any]:
     """The effective neighbours in step and out of it."""
     topology, _ = placed(name, size)
-    found = out_of_step(topology, np.random.default_rng([1, size]))
+    found = several(topology)
     return {
         "topology": name,
         "stands_for": topology.name,
         "ranks": size,
         "in_step": effective_neighbours(topology),
         "out_of_step": found["neighbours"],
+        "error": found["neighbours_error"],
         "progress": found["progress"],
     }
 

@@ -9,9 +9,10 @@ of `half speed` where all others are alike, and one that is `silent` but trains 
     come  whatever has come; the weight of who has sent nothing stays with the rank's own parameters
     aged  as come, with a weight that is divided by the message's age in updates of the receiver, from one update on
 
-Each way is told by three figures. `neighbours` and `progress` are those of benchmarks/topologies.py. `unit` is the
-weight of a unit of a rank's data in the mean of all, where 1 is an equal share: the least and the greatest of all
-ranks, and that of the rank apart. Where a rank is silent, it has no part in these figures, but for its own.
+Each way is told by three figures, means of several runs. `neighbours` and `progress` are those of
+benchmarks/topologies.py. `unit` is the weight of a unit of a rank's data in the mean of all, where 1 is an equal share:
+the least and the greatest of all ranks, and that of the rank apart. Where a rank is silent, it has no part in these
+figures, but for its own.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from topologies import out_of_step, placed
+from topologies import placed, several
 
 from gala_mpi.gossip.mixing import GAMMA
 
@@ -43,7 +43,7 @@ def main() -> None:
         for name in NAMES:
             for case in CASES:
                 for way in WAYS:
-                    found = out_of_step(placed(name, size)[0], np.random.default_rng([1, size]), way, case)
+                    found = several(placed(name, size)[0], way, case)
                     row: dict[str, Any] = {"topology": name, "ranks": size, "way": way, "case": case, **found}
                     rows.append(row)
                     print(

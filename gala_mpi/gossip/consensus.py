@@ -14,7 +14,6 @@ from gala_mpi.mpi.waiting import wait_until
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
-    from torch import nn
 
 AnyNumber = TypeVar("AnyNumber", np.float32, np.float64, np.int64)
 
@@ -38,11 +37,13 @@ def distance_to_mean(values: npt.NDArray[np.float32], comm: Intracomm, timeout_s
     return math.sqrt(total[0] / comm.size)
 
 
-def average_buffers(module: nn.Module, comm: Intracomm, timeout_s: float) -> None:
+def average_buffers(module: object, comm: Intracomm, timeout_s: float) -> None:
     """Give all ranks the means of the module's floating-point buffers, taken in float64.
 
     Raises as `mean_of_all` does, and DisagreementError, on all ranks, if those of some rank are not those of rank 0.
     """
+    if not hasattr(module, "named_buffers"):
+        raise ValueError("buffers are those of a model, and what is averaged here is none")
     named = [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()]
     layout = repr([(name, buffer.shape, buffer.dtype) for name, buffer in named])
     mark = int.from_bytes(hashlib.blake2b(layout.encode(), digest_size=2).digest())

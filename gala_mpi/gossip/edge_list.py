@@ -20,7 +20,7 @@ InWeights: TypeAlias = tuple[dict[int, float], ...]
 Edge: TypeAlias = "tuple[int, int] | tuple[int, int, float]"
 """Source, target, and perhaps a weight."""
 LARGEST_BYTES = 2**28
-FORMAT = "a line `source target`, or `source target weight`"
+FORMAT = "an edge `source target`, or `source target weight`"
 
 
 def read_edge_list(path: Path, size: int) -> InWeights:

@@ -5,12 +5,13 @@ x <- w0 x + sum of w_k m_k, where the weight of a neighbour that has left nothin
 bound on staleness says so, and then with a deadline. The method is GALA (Assran et al. 2019, arXiv:1906.04585), whose
 algorithm 1 mixes when all in-neighbours have left a message; *design decisions* has why this one does not wait for all.
 
-That wait cannot lock ranks against each other. Each posts before it waits, so a neighbour that is waited for and waits
-itself has posted since it began its own update, and that message was mixed already: the waiting rank began its update
-after that neighbour began its own. Round a circle of ranks that all wait, each would have begun after the next. Over
-a rotating topology the same holds of the rank that was posted to, as long as that one goes on: a rank that has a
-finished or lost in-neighbour there does not wait. All others hear from such a rank, if only by way of others. A rank
-that posts to nobody in a round does not wait in it.
+That wait cannot lock ranks against each other. Each posts before it waits. So if a rank waits for a neighbour that
+waits itself, that one's message was taken already, or is on its way and will end the wait. Taken it was before the
+waiting rank began its update, so the neighbour began its own update sooner. Round a circle of ranks that all wait, each
+would have begun sooner than the one before. Over a rotating topology a rank waits only while it has no message at all.
+If all ranks waited, each would have posted to one that then has a message; so some rank goes on, and in time comes to
+every round. A rank that has a finished or lost in-neighbour there does not wait, nor does one that has posted to
+nobody.
 
 A message carries its sender's update, which tells the round that its weight is of (`topology.mixing_weights`). The
 receiver's own round has no part in that: ranks drift apart, and a rank that mixed the messages of its own round alone
@@ -28,7 +29,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -205,9 +206,7 @@ class Gossip:
         with self.counters.timed():
             self._courier.check()
             self._come_by()
-            if self._survivors.look():
-                source, inbox = self._survivors.source, self._survivors.inbox
-                self._heard.stand_in(None if source is None or inbox is None else InNeighbour(source, inbox))
+            self._follow()
             state = self._flat.host()
             found, wait = self._heard.look()
             taken = self._take() if found and not wait else []
@@ -236,6 +235,12 @@ class Gossip:
         """The ranks that this one hears, and sends to, since others are gone; None for those that it does not."""
         outbox = self._survivors.outbox
         return self._survivors.source, None if outbox is None else outbox.target
+
+    def _follow(self) -> None:
+        """Hear and send to whom the survivors' ring says, and carry its messages."""
+        if self._survivors.look():
+            source, inbox = self._survivors.source, self._survivors.inbox
+            self._heard.stand_in(None if source is None or inbox is None else InNeighbour(source, inbox))
 
     def _come_by(self) -> None:
         """Look after the roster, if nobody else does; it need not be at every step, which may be a short one."""
@@ -268,14 +273,14 @@ class Gossip:
         """Give all ranks the mean of their parameters, at the end of a run, say. Collective.
 
         buffers: of the model's floating-point buffers too (running statistics, say); whole numbers stay each rank's.
-        Raises TimeoutError if some rank does not come within `timeout_s` seconds, and DisagreementError, on all ranks,
-        if ranks have other buffers than rank 0.
+        Raises TimeoutError if some rank does not come within `timeout_s` seconds, and DisagreementError, on all ranks
+        and before anything is changed, if they do not have the same buffers; ValueError if there is no model.
         """
+        if buffers:
+            average_buffers(self._model, self._comm, timeout_s)
         state = self._flat.host()
         state[:] = mean_of_all(state, self._comm, timeout_s)
         self._flat.store_host()
-        if buffers and self._model is not None:
-            average_buffers(cast("nn.Module", self._model), self._comm, timeout_s)
 
     def consensus_distance(self, timeout_s: float = 600.0) -> float:
         """How far ranks are apart: the root mean square of their L2 distances to the mean of all. Collective.
@@ -407,6 +412,7 @@ class Gossip:
         def look() -> bool:
             self._while_waiting()
             self._come_by()
+            self._follow()
             return done()
 
         wait_until(look, 2 * self._timeout_s)

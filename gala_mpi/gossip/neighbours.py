@@ -151,12 +151,19 @@ class InNeighbours:
     def weights(self, taken: Sequence[Taken]) -> list[float]:
         """Of messages; what is left out stays with this rank's own parameters.
 
-        Of that the one that stands in has half: over a graph of equal weights that is the weight of one that is gone.
+        The one that stands in has half of what all that are neither lost nor done would leave: over a graph of equal
+        weights that is the weight of one that is gone. In a topology of several rounds, of what the messages leave.
         """
         usual = [(neighbour.rank, message.update) for neighbour, message in taken if neighbour is not self._stand_in]
         weights = mixing_weights(self._rounds, usual)
+        if len(usual) == len(taken):
+            return weights
+        left = 1 - sum(weights)
+        if len(self._rounds) == 1:
+            there = [neighbour.rank for neighbour in self._all if not (neighbour.lost or neighbour.finished)]
+            left = min(left, 1 - sum(self._rounds[0][rank] for rank in there))
         # It is the last of all.
-        return weights if len(usual) == len(taken) else [*weights, (1 - sum(weights)) / 2]
+        return [*weights, left / 2]
 
     def settle(self, taken: Sequence[Taken]) -> list[InNeighbour]:
         """Count on the staleness after an update; those whose message was mixed, and not rejected."""

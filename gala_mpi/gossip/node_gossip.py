@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from gala_mpi.gossip.consensus import mean_of_all
+from gala_mpi.gossip.consensus import average_buffers, mean_of_all
 from gala_mpi.gossip.given import flat_of, layout_facts, share_parameters
 from gala_mpi.gossip.gossip import DivergedError, Gossip
 from gala_mpi.gossip.topology import Topology
@@ -29,11 +29,12 @@ from gala_mpi.mpi.window import node_leaders
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from mpi4py.MPI import Intracomm
+    from mpi4py.MPI import Intracomm, Request
     from torch import nn
 
     from gala_mpi.gossip.flat import Flat
 
+OPTIONS = ("wire", "max_staleness", "neighbour_timeout_s", "delivery", "on_divergence", "while_waiting")
 # What a leader tells its node beside the parameters.
 USUAL, REPLACED, DIVERGED = 0.0, 1.0, 2.0
 
@@ -48,8 +49,8 @@ class NodeGossip:
     Making and closing it are collective over `comm`, and a step is collective over the node. node: the ranks that go
     on as one, a communicator that this object uses and does not free; None: those of `comm` that share memory.
     topology: over nodes, by the order of their lowest ranks. node_timeout_s: how long a rank waits for its node.
-    `options` are those of `Gossip`, for the leaders. `gossip` is the leader's exchange, with its counters, and None on
-    all other ranks.
+    options: wire, max_staleness, neighbour_timeout_s, delivery (a name), on_divergence and while_waiting of `Gossip`,
+    for the leaders. `gossip` is the leader's exchange, with its counters, and None on all other ranks.
 
     Raises DisagreementError and NoRoomError as `Gossip` does.
     """
@@ -66,14 +67,21 @@ class NodeGossip:
         **options: Any,
     ) -> None:
         def prepare() -> tuple[Flat, dict[str, object]]:
+            if unknown := sorted(options.keys() - OPTIONS):
+                raise ValueError(f"{unknown[0]}: no option; expected one of {', '.join(OPTIONS)}")
+            if not isinstance(options.get("delivery", ""), str):
+                raise ValueError("delivery: a courier cannot be shared here; expected auto, inline or background")
             flat = flat_of(model)
             return flat, {**layout_facts(flat), "node_timeout_s": node_timeout_s, "broadcast": broadcast}
 
         self._flat = alike_on_all_ranks(comm, prepare)
         self._model = None if self._flat is model or isinstance(model, np.ndarray) else cast("nn.Module", model)
+        # What is under way here meets nothing of the user's.
+        self._comm = comm.Dup()
         here = comm.Split(node_leaders(comm)[comm.rank], comm.rank) if node is None else node.Dup()
         self._node = cast("Intracomm", here)
         self._timeout_s, self._closed = node_timeout_s, False
+        self._met: Request | None = None
         # Parameters, and what the leader tells.
         self._message = np.zeros(self._flat.size + 1, np.float32)
         if broadcast:
@@ -88,11 +96,14 @@ class NodeGossip:
                 self.gossip = Gossip(self._flat, peers, topology, broadcast=False, **options)
             except (DisagreementError, NoRoomError) as error:
                 refusal = error
+            except Exception as error:
+                refusal = RuntimeError(f"{type(error).__name__}: {error}")
         peers.Free()
         # Leaders are refused alike, and the others are to know.
         for found in comm.allgather(refusal):
             if found is not None:
                 self._node.Free()
+                self._comm.Free()
                 raise found
 
     def step(self, agent_steps: int = 0) -> bool:
@@ -117,17 +128,22 @@ class NodeGossip:
             raise failure or DivergedError("the parameters of this node are not finite, and its leader found no others")
         return told == REPLACED
 
-    def average(self, timeout_s: float = 600.0) -> None:
-        """Give all ranks the mean over all nodes. Collective; raises TimeoutError as `step` does."""
+    def average(self, *, buffers: bool = False, timeout_s: float = 600.0) -> None:
+        """Give all ranks the mean over all nodes; `buffers` as of `Gossip.average`. Collective, raises as that does."""
+        if buffers:
+            average_buffers(self._model, self._comm, timeout_s)
         self._take_mean()
         if self.gossip is not None:
             self.gossip.average(timeout_s=timeout_s)
         self._hand_round(USUAL)
 
     def consensus_distance(self, timeout_s: float = 600.0) -> float:
-        """How far nodes are apart, as `Gossip` has it. Collective; raises TimeoutError as `step` does."""
-        distance = self.gossip.consensus_distance(timeout_s) if self.gossip is not None else 0.0
-        return self._hand_round(distance)
+        """How far the leaders are apart, as `Gossip` has it. Collective, raises as that does."""
+        distance = np.zeros(1)
+        if self.gossip is not None:
+            distance[0] = self.gossip.consensus_distance(timeout_s)
+        self._from_leader(distance)
+        return float(distance[0])
 
     def state_dict(self) -> dict[str, Any]:
         """What a restart goes on from: the leader's, and empty on all other ranks. Local."""
@@ -151,13 +167,17 @@ class NodeGossip:
         state = self._flat.host()
         if self._node.rank == 0:
             self._message[:-1], self._message[-1] = state, told
-        request = self._node.Ibcast(self._message, root=0)
-        if not wait_until(request.Test, self._timeout_s):
-            raise TimeoutError(f"some rank of this node has not come within {self._timeout_s:g} s")
+        self._from_leader(self._message)
         if self._node.rank > 0:
             state[:] = self._message[:-1]
             self._flat.store_host()
         return float(self._message[-1])
+
+    def _from_leader(self, values: npt.NDArray[Any]) -> None:
+        """Give the node what its leader has in `values`."""
+        request = self._node.Ibcast(values, root=0)
+        if not wait_until(request.Test, self._timeout_s):
+            raise TimeoutError(f"some rank of this node has not come within {self._timeout_s:g} s")
 
     def close(self, timeout_s: float = 600.0) -> None:
         """End the exchange. Collective; a second call does nothing. Raises TimeoutError as `Gossip.close` does."""
@@ -166,11 +186,13 @@ class NodeGossip:
         end = time.monotonic() + timeout_s
         if self.gossip is not None:
             self.gossip.close(timeout_s)
-        request = self._node.Ibarrier()
-        if not wait_until(request.Test, max(end - time.monotonic(), 0.0)):
+        # Each rank comes there once, though it may call `close` again.
+        self._met = self._met or self._comm.Ibarrier()
+        if not wait_until(self._met.Test, max(end - time.monotonic(), 0.0)):
             raise TimeoutError(f"some rank has not come to the end of the exchange within {timeout_s:g} s")
         self._closed = True
         self._node.Free()
+        self._comm.Free()
 
     def __enter__(self) -> NodeGossip:
         return self

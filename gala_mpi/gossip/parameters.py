@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+LAST_DIGIT = 2.0**-23
 COPIED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -125,9 +126,10 @@ class FlatParameters:
 class FlatCopy:
     """A float32 copy (n,) of the trained parameters of `module`, of which some are float64, bfloat16 or float16.
 
-    The parameters stay where they are. What an exchange changes in the copy is added to them, and rounded to their
-    type once; so a float64 keeps its last digits, which are each rank's own. A value beyond float32 counts as one that
-    is not finite. `given_once` has all parameters: ranks begin alike to the last digit. Raises as FlatParameters does.
+    The parameters stay where they are, and take over what an exchange made of the copy, rounded to their type. What a
+    float64 has beyond float32's precision stays with it: its last digits are each rank's own. A value beyond float32
+    counts as one that is not finite. `given_once` has all parameters: ranks begin alike to the last digit. Raises as
+    FlatParameters does.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -154,9 +156,11 @@ class FlatCopy:
         return self._copy.numpy()
 
     def store_host(self) -> None:
-        """Add what was changed in the array that `host` gave."""
+        """Take over what was written into the array that `host` gave."""
         for view, parameter in zip(self._views, self._parameters, strict=True):
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            values, wanted = parameter.detach().to(wide), view.to(parameter.device, wide)
-            changed = values + (wanted - values.float().to(wide))
-            parameter.detach().copy_(torch.where(changed.isfinite(), changed, wanted))
+            values, wanted = parameter.detach(), view.to(parameter.device, parameter.dtype)
+            if parameter.dtype == torch.float64:
+                digits = values - values.float().double()
+                # Of a value far from the new one they would be no last digits any more.
+                wanted = torch.where(digits.abs() <= LAST_DIGIT * wanted.abs(), wanted + digits, wanted)
+            values.copy_(wanted)

@@ -98,10 +98,7 @@ class Topology:
 
     @property
     def rotating(self) -> bool:
-        """Whether they change from update to update.
-
-        A rank does not wait then for all its in-neighbours: it mixes those messages that have come.
-        """
+        """Whether they change from update to update: a rank then expects no message of most in-neighbours."""
         return self.period > 1
 
     def rounds(self, rank: int) -> list[Weights]:
@@ -237,7 +234,8 @@ def make_changing_topology(edges: Callable[[int], Iterable[Edge]], size: int, pe
 
     `edges` gives (source, target), or (source, target, weight) for each edge, as a line of an edge list does; a rank
     may send to nobody at an update. It must be the same function on all ranks. As every rank has a mailbox for each
-    that ever sends to it, `edges` is called here, for all updates; a rank holds all edges of a period.
+    that ever sends to it, `edges` is called here, for all updates; a rank holds all edges of a period. A period should
+    be far shorter than the timeout of an exchange: who sends so seldom counts as lost in between.
 
     Raises ValueError for a size or period below 1, and ConfigError for edges that cannot be used: over a period they
     must be strongly connected, and at each update be there once, with weights into a rank that sum to less than 1.

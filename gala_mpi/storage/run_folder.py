@@ -64,7 +64,7 @@ def config_file(folder: Path, segment: int) -> Path:
 
 
 def rank_file(folder: Path, rank: int, segment: int = 0) -> Path:
-    """The metrics of a rank and segment; later segments have folders of their own, lest one grows with both."""
+    """The metrics of a rank and segment. A folder has no more files than ranks: later segments have their own."""
     return _metrics_folder(folder, segment) / f"rank-{rank:05d}.h5"
 
 

@@ -108,7 +108,16 @@ def test_the_weight_of_who_stands_in_is_half_of_what_is_left(rank: Rank) -> None
     usual: Any = [(neighbour, message) for neighbour in rank.all]
     assert rank.looks.weights(usual) == [0.3, 0.3]
     assert rank.looks.weights([*usual, (stand_in, message)]) == pytest.approx([0.3, 0.3, 0.2])
+    # One that is only late keeps its weight for itself.
+    assert rank.looks.weights([usual[0], (stand_in, message)]) == pytest.approx([0.3, 0.2])
+    assert rank.looks.weights([(stand_in, message)]) == pytest.approx([0.2])
+    rank.all[1].lost = True
+    assert rank.looks.weights([(stand_in, message)]) == pytest.approx([0.35])
+    # The last message of one that is done takes its part of that.
+    rank.all[0].finished = True
+    assert rank.looks.weights([usual[0], (stand_in, message)]) == pytest.approx([0.3, 0.35])
     assert rank.looks.weights([(stand_in, message)]) == [0.5]
+    rank.all[0].finished = rank.all[1].lost = False
     rank.heard.holds = False
     stand_in.inbox.holds = True
     assert rank.looks.look() == (True, False)

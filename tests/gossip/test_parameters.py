@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gala_mpi.gossip.parameters import FlatParameters
+from gala_mpi.gossip.parameters import FlatCopy, FlatParameters, flatten
 from gala_mpi.learning.networks import AtariPolicy, MLPPolicy
 
 
@@ -123,3 +123,38 @@ def test_a_step_on_the_flat_buffer_moves_the_module() -> None:
     flat.data.sub_(flat.grad, alpha=0.5)
     for parameter, old in zip(policy.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.detach(), old - 0.5 * parameter.grad)
+
+
+def test_parameters_of_other_types_take_over_what_was_made_of_their_copy() -> None:
+    types = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    model = nn.ParameterList([nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in types])
+    flat = flatten(model)
+    assert isinstance(flat, FlatCopy) and flat.size == 16 and list(flat.given_once) == list(model)
+    wanted = [1.0, 1.0, 0.5, 1 / 3]
+    for parameter in model:
+        # Of a rank that diverges some are not finite, and some just huge.
+        large = 6e4 if parameter.dtype == torch.float16 else 1e20
+        parameter.data[:] = torch.tensor([torch.nan, large, 0.5, 1 / 3], dtype=torch.float64)
+    flat.host()[:] = np.tile(np.array(wanted, np.float32), 4)
+    flat.store_host()
+    for parameter in model:
+        assert torch.equal(parameter[:3], torch.tensor(wanted[:3], dtype=parameter.dtype))
+    # Last digits stay, of what was not changed and of what was.
+    assert model[0][3] == 1 / 3 and model[1][3] == np.float32(1 / 3)
+    model[0].data[3] = 1 + 1e-12
+    flat.host()[3] = 2.0
+    flat.store_host()
+    assert model[0][3] == 2 + 1e-12
+
+
+def test_what_cannot_be_copied_is_refused_and_what_is_converted_is_found() -> None:
+    with pytest.raises(ValueError, match=r"complex64 .* float32 or float64 or bfloat16 or float16"):
+        flatten(nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]))
+    model = nn.Linear(2, 2).double()
+    flat = flatten(model)
+    flat.check(model)
+    model.weight.requires_grad_(False)
+    flat.check(model)
+    model.float()
+    with pytest.raises(RuntimeError, match="is not where it is exchanged"):
+        flat.check(model)

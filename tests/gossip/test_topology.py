@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gala_mpi
 from gala_mpi.config import ConfigError
 from gala_mpi.gossip import mixing
 from gala_mpi.gossip.mixing import effective_neighbours
@@ -441,6 +443,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_topology_that_is_a_function_of_the_update() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "library.md").read_text("utf-8")
+    example = textwrap.dedent(text[text.index("    def edges(update):") :].partition("\n\nAn edge may")[0])
+    told: dict[str, Any] = {"gala_mpi": gala_mpi}
+    exec(example, told)
+    assert told["topology"].period == 3 and told["topology"].out_neighbours(0) == (1, 2, 4)
     topology = make_changing_topology(lambda update: [(rank, (rank + update) % 4) for rank in range(4)], 4, 3)
     assert topology.rotating and topology.period == 3 and topology.name == "changing"
     assert [topology.targets(0, update) for update in (1, 2, 3, 4)] == [(1,), (2,), (3,), (1,)]
@@ -462,7 +469,7 @@ def test_a_topology_that_is_a_function_of_the_update() -> None:
         ([(0, 1, 1.5)], r"a weight above 0 and below 1"),
         ([(0, 1, 0.5), (1, 0)], r"a weight on every edge, or on none"),
         ([(0.5, 1)], r"in numbers"),
-        ([7], r"update 1: 7.* a line `source target`"),
+        ([7], r"update 1: 7.* an edge `source target`"),
         ([(0, 1)], r"3 updates.* rank 1 cannot reach rank 0"),
     ],
 )

@@ -508,8 +508,12 @@ def the_mean_of_buffers_is_taken_on_request() -> None:
         assert int(model[1].num_batches_tracked) == RANK
         if SIZE > 1:
             model.register_buffer("own", torch.zeros(1 + RANK))
+            before = vector(model)
             with raises(gala_mpi.DisagreementError, "buffers must be the same on all ranks"):
                 gossip.average(buffers=True)
+            assert (vector(model) == before).all()
+    with gala_mpi.Gossip(np.zeros(3, np.float32), COMM) as gossip, raises(ValueError, "buffers are those of a model"):
+        gossip.average(buffers=True)
 
 
 def ranks_of_a_node_go_on_as_one() -> None:
@@ -528,7 +532,13 @@ def ranks_of_a_node_go_on_as_one() -> None:
         assert gossip.consensus_distance() < 1e-6
         with torch.no_grad():
             model[2].bias.fill_(RANK)
+        # Which changes nothing.
+        assert (gossip.consensus_distance() > 0) == (nodes > 1) and (model[2].bias == RANK).all()
+        model[1].running_mean.fill_(RANK)
         gossip.average()
+        assert (model[1].running_mean == RANK).all()
+        gossip.average(buffers=True)
+        torch.testing.assert_close(model[1].running_mean, torch.full((5,), LAST / 2))
         torch.testing.assert_close(model[2].bias.detach(), torch.full((3,), float(expected)))
         saved = gossip.state_dict()
         assert bool(saved) == (gossip.gossip is not None)
@@ -537,6 +547,14 @@ def ranks_of_a_node_go_on_as_one() -> None:
         gossip.step()
     with raises(gala_mpi.DisagreementError, "wire"):
         gala_mpi.NodeGossip(rank_model(), COMM, node=node, wire="float8")
+    with raises(gala_mpi.DisagreementError, "colour: no option"):
+        gala_mpi.NodeGossip(rank_model(), COMM, node=node, **({"colour": "red"} if RANK == LAST else {}))
+    if SIZE > 1:
+        with gala_mpi.NodeGossip(rank_model(), COMM, node=node) as gossip:
+            if RANK != LAST:
+                with raises(TimeoutError, "some rank has not come"):
+                    gossip.close(timeout_s=0.1)
+            COMM.Barrier()
     with gala_mpi.NodeGossip(model, COMM, "complete", **options) as gossip:
         spoilt = RANK // 2 == LAST // 2
         if not spoilt:
