@@ -41,21 +41,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         job = Job(args, Path(scratch))
         try:
             job.gather("pid", args.deadline_s)
-            while True:
-                first = job.order("look", args.deadline_s)
-                if min(facts["update"] for facts in first.facts.values()) >= args.before:
-                    break
+            end = time.monotonic() + args.run_s
+            seen: list[Seen] = []
+            while len(seen) < args.looks or seen[-1].updates - seen[0].updates < args.counted:
+                if time.monotonic() > end:
+                    sys.exit(f"{args.topology}, {args.ranks} ranks: not done within {args.run_s:g} s (--run-s)")
+                look = job.order("look", args.deadline_s)
+                if any(facts["lost"] for facts in look.facts.values()):
+                    sys.exit(f"{args.topology}, {args.ranks} ranks: some rank was lost; take a longer --timeout-s")
+                if min(facts["update"] for facts in look.facts.values()) >= args.before:
+                    seen.append(look)
                 time.sleep(args.rest_s)
-            seen = [first]
-            while len(seen) < args.looks or seen[-1].updates - first.updates < args.counted:
-                time.sleep(args.rest_s)
-                seen.append(job.order("look", args.deadline_s))
             job.order("stop", args.deadline_s)
             job.gather("end", args.deadline_s)
-            job.process.wait(args.deadline_s)
+            if code := job.process.wait(args.deadline_s):
+                sys.exit(f"{args.topology}, {args.ranks} ranks: exit code {code}")
         finally:
             job.end()
-    return row(args.topology, args.ranks, seen)
+    return {**row(args.topology, args.ranks, seen), **settings(args)}
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What rows of one file must have in common."""
+    names = ("parameters", "update_ms_a_rank", "before", "counted", "looks", "seed")
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
+    return {"machine": machine, **{name: getattr(args, name) for name in names}}
 
 
 def row(name: str, ranks: int, seen: list[Seen]) -> dict[str, Any]:
@@ -79,7 +89,7 @@ def row(name: str, ranks: int, seen: list[Seen]) -> dict[str, Any]:
         "bytes": messages * MESSAGE_BYTES,
         "mixed": gained["mixed"] / gained["update"],
         "updates": last.updates - first.updates,
-        "looks": len(seen),
+        "seen": len(seen),
     }
 
 
@@ -93,16 +103,18 @@ def main() -> None:
     parser.add_argument("--before", type=int, default=400, help="updates before the first look")
     parser.add_argument("--counted", type=int, default=200, help="updates over which ranks look")
     parser.add_argument("--looks", type=int, default=8, help="at least")
+    parser.add_argument("--run-s", type=float, default=1800.0, help="longest time of a job's looks")
     parser.add_argument("--rest-s", type=float, default=2.0, help="between two looks")
     parser.add_argument("--timeout-s", type=float, default=120.0, help="silence after which a rank is lost")
     parser.add_argument("--deadline-s", type=float, default=300.0, help="of whatever is waited for")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rows that are in it are not measured again")
     args = parser.parse_args()
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
-    found = {"command": "python " + " ".join(sys.argv), "machine": machine, "gamma": GAMMA, "rows": []}
+    found: dict[str, Any] = {"gamma": GAMMA, "rows": []}
     if args.out.exists():
-        found["rows"] = json.loads(args.out.read_text())["rows"]
+        found = json.loads(args.out.read_text())
+        if any(one[name] != value for one in found["rows"] for name, value in settings(args).items()):
+            sys.exit(f"{args.out}: has rows of another machine or other settings")
     print("| ranks | topology | consensus distance | effective neighbours | in step | progress | messages | mixed |")
     for size in args.sizes:
         for name in args.topologies:
