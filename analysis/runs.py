@@ -144,13 +144,11 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise RunError(f"{folder}: is no folder; expected the folder of a run")
     folders = {int(match[1]): path for path in folder.iterdir() if (match := LATER.fullmatch(path.name))}
-    files = {number: _ranks_of(path) for number, path in {0: folder, **folders}.items()}
-    if not any(files.values()):
+    files = {number: found for number, path in {0: folder, **folders}.items() if (found := _ranks_of(path))}
+    if not files:
         raise RunError(f"{folder}: no file rank-00000.h5 or the like; expected the folder of a run")
     segments, first = [], None
     for number, of_segment in sorted(files.items()):
-        if not of_segment:
-            continue
         heads = {rank: _open(path, _head) for rank, path in sorted(of_segment.items())}
         head = heads[min(heads)]
         first = first or head

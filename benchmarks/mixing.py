@@ -18,16 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from thin import Job, Seen
+from thin import Seen, machine, running
 from topologies import MESSAGE_BYTES
 
 from gala_mpi.config import ConfigError
@@ -37,35 +34,30 @@ from gala_mpi.gossip.topology import TOPOLOGIES, make_topology
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One job of `args.ranks` ranks over `args.topology`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        job = Job(args, Path(scratch))
-        try:
-            job.gather("pid", args.deadline_s)
-            end = time.monotonic() + args.run_s
-            seen: list[Seen] = []
-            while len(seen) < args.looks or seen[-1].updates - seen[0].updates < args.counted:
-                if time.monotonic() > end:
-                    sys.exit(f"{args.topology}, {args.ranks} ranks: not done within {args.run_s:g} s (--run-s)")
-                look = job.order("look", args.deadline_s)
-                if any(facts["lost"] for facts in look.facts.values()):
-                    sys.exit(f"{args.topology}, {args.ranks} ranks: some rank was lost; take a longer --timeout-s")
-                if min(facts["update"] for facts in look.facts.values()) >= args.before:
-                    seen.append(look)
-                time.sleep(args.rest_s)
-            job.order("stop", args.deadline_s)
-            job.gather("end", args.deadline_s)
-            if code := job.process.wait(args.deadline_s):
-                sys.exit(f"{args.topology}, {args.ranks} ranks: exit code {code}")
-        finally:
-            job.end()
+    about = f"{args.topology}, {args.ranks} ranks"
+    with running(args) as job:
+        job.gather("pid", args.deadline_s)
+        end = time.monotonic() + args.run_s
+        seen: list[Seen] = []
+        while len(seen) < args.looks or seen[-1].updates - seen[0].updates < args.counted:
+            if time.monotonic() > end:
+                sys.exit(f"{about}: not done within {args.run_s:g} s (--run-s)")
+            look = job.order("look", args.deadline_s)
+            if any(facts["lost"] for facts in look.facts.values()):
+                sys.exit(f"{about}: some rank was lost; take a longer --timeout-s")
+            if min(facts["update"] for facts in look.facts.values()) >= args.before:
+                seen.append(look)
+            time.sleep(args.rest_s)
+        _, code = job.stop(args.deadline_s)
+        if code:
+            sys.exit(f"{about}: exit code {code}")
     return {**row(args.topology, args.ranks, seen), **settings(args)}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What rows of one file must have in common."""
     names = ("parameters", "update_ms_a_rank", "before", "counted", "looks", "seed")
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
-    return {"machine": machine, **{name: getattr(args, name) for name in names}}
+    return {"machine": machine(), **{name: getattr(args, name) for name in names}}
 
 
 def row(name: str, ranks: int, seen: list[Seen]) -> dict[str, Any]:

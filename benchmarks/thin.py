@@ -23,6 +23,7 @@ units of the noise of a step: sqrt(sum of squares / parameters) / step noise.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,12 @@ class Job:
             os.kill(pids[rank], signal.SIGKILL)
             self.dead.add(rank)
 
+    def stop(self, deadline_s: float) -> tuple[set[int], int]:
+        """Have the ranks end by themselves: the codes that they tell, and the launcher's."""
+        self.order("stop", deadline_s)
+        codes = {facts["code"] for facts in self.gather("end", deadline_s).values()}
+        return codes, self.process.wait(deadline_s)
+
     def end(self) -> None:
         """Whatever goes on."""
         if self.process.poll() is None:
@@ -228,19 +236,24 @@ def passed_on(args: argparse.Namespace) -> list[str]:
     return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One job; prints what it finds as it goes on."""
+@contextlib.contextmanager
+def running(args: argparse.Namespace) -> Iterator[Job]:
+    """A job, of which nothing is left behind."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        job = Job(args, folder)
+        job = Job(args, Path(scratch))
         try:
-            return observe(job, args)
+            yield job
         finally:
             job.end()
 
 
+def machine() -> str:
+    """Processor and cores, in one line."""
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
+
+
 def observe(job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """What a job does, from its start to its end."""
+    """What a job does, from its start to its end; prints what it finds as it goes on."""
     started = job.gather("pid", args.deadline_s)
     pids = {rank: facts["pid"] for rank, facts in started.items()}
     start_s = max(facts["time_s"] for facts in started.values()) - job.begun_s
@@ -260,10 +273,8 @@ def observe(job: Job, args: argparse.Namespace) -> dict[str, Any]:
         facts = seen[-1].facts
         acts.append(act(number, facts, [one.distance for one in seen]))
         print(json.dumps(acts[-1]), flush=True)
-    job.order("stop", args.deadline_s)
-    codes = {facts["code"] for facts in job.gather("end", args.deadline_s).values()}
     # Of the codes of all ranks, killed ones among them, launchers make one each in their way.
-    job.process.wait(args.deadline_s)
+    codes, _ = job.stop(args.deadline_s)
     first_mix_s = max(f["first_mix_s"] for f in facts.values()) - job.begun_s
     about = {"ranks": args.ranks, "topology": started[0]["topology"], "start_s": round(start_s, 1)}
     return {**about, "first_mix_of_all_s": round(first_mix_s, 1), "acts": acts, "exit_codes": sorted(codes)}
@@ -308,12 +319,12 @@ def main() -> int:
     args = parser.parse_args()
     if args.thin:
         return thin(args)
-    found = measure(args)
+    with running(args) as job:
+        found = observe(job, args)
     print(json.dumps({key: value for key, value in found.items() if key != "acts"}), flush=True)
     if args.out is not None:
-        machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, shared with other work"
-        command = "python " + " ".join(sys.argv)
-        args.out.write_text(json.dumps({"command": command, "machine": machine, **found}, indent=1) + "\n")
+        about = {"command": "python " + " ".join(sys.argv), "machine": f"{machine()}, shared with other work"}
+        args.out.write_text(json.dumps({**about, **found}, indent=1) + "\n")
     return int(found["exit_codes"] != [LOST if args.kill else 0])
 
 

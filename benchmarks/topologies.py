@@ -90,9 +90,8 @@ def out_of_step(
     values = np.zeros((size, len(kept)))
     updates = np.zeros(size, int)
     rounds = [topology.rounds(rank) for rank in range(size)]
-    sources = [topology.in_neighbours(rank) for rank in range(size)]
     silent = apart if case == "silent" else None
-    expected = [len(heard) for heard in sources]
+    expected = [len(topology.in_neighbours(rank)) for rank in range(size)]
     boxes: list[dict[int, tuple[int, float, np.ndarray]]] = [{} for _ in range(size)]
     due = [(float(speeds[rank] * rng.random()), rank) for rank in range(size)]
     heapq.heapify(due)

@@ -41,9 +41,10 @@ def main() -> None:
     rows = []
     for size in args.ranks:
         for name in NAMES:
+            topology, _ = placed(name, size)
             for case in CASES:
                 for way in WAYS:
-                    found = several(placed(name, size)[0], way, case)
+                    found = several(topology, way, case)
                     row: dict[str, Any] = {"topology": name, "ranks": size, "way": way, "case": case, **found}
                     rows.append(row)
                     print(

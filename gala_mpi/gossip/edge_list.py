@@ -8,7 +8,7 @@ blank lines and what follows a `#` are left out. All of this is local; of the ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -49,7 +49,7 @@ def edges_by_update(edges: Callable[[int], Iterable[Edge]], size: int, period: i
             yield f"update {update}: {edge!r}", edge if isinstance(edge, list | tuple) else ()
 
     rounds = [_weighed(placed(update), size) for update in range(1, period + 1)]
-    together = [{source: 1.0 for now in rounds for source in now[target]} for target in range(size)]
+    together = [{source for now in rounds for source in now[target]} for target in range(size)]
     _check_strongly_connected(f"{period} updates", together)
     return rounds
 
@@ -106,7 +106,7 @@ def _refuse(place: str, allowed: str) -> NoReturn:
     raise ConfigError("topology", place, allowed)
 
 
-def _check_strongly_connected(place: str, found: Sequence[Mapping[int, float]]) -> None:
+def _check_strongly_connected(place: str, found: Sequence[Collection[int]]) -> None:
     """Rank 0 must reach every rank, and every rank must reach rank 0."""
     sources = [list(edges) for edges in found]
     targets: list[list[int]] = [[] for _ in found]

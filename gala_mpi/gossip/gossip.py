@@ -46,13 +46,11 @@ from gala_mpi.gossip.roster import SHORTEST_ROUND_S, Roster
 from gala_mpi.gossip.shared_topology import told_by_rank_0
 from gala_mpi.gossip.survivors import Survivors
 from gala_mpi.gossip.topology import PLACED, Topology, make_topology
-from gala_mpi.mpi.collective import alike_on_all_ranks
+from gala_mpi.mpi.collective import ClosedTogether, alike_on_all_ranks
 from gala_mpi.mpi.room import NoRoomError
 from gala_mpi.mpi.waiting import wait_until
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from mpi4py.MPI import Intracomm, Request
     from torch import nn
 
@@ -86,7 +84,7 @@ class ExchangeCounters:
         self.exchange_s += time.perf_counter() - begin
 
 
-class Gossip:
+class Gossip(ClosedTogether):
     """Gossip of a model's trained parameters over a topology, for any training loop:
 
         with Gossip(model, comm, topology="ring") as gossip:
@@ -337,16 +335,6 @@ class Gossip:
         if self._met is None:
             self._met = self._comm.Ibarrier()
         return bool(self._met.Test())
-
-    def __enter__(self) -> Gossip:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an error the other ranks may never come to the collective end: leave it to the abort.
-        if error is None:
-            self.close()
 
     def post_and_mix(self, state: npt.NDArray[np.float32], targets: Sequence[int], taken: Sequence[Taken] = ()) -> bool:
         """Send the parameters and average them with what was taken; False if they are not finite: nothing is sent.

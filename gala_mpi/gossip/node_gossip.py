@@ -21,14 +21,12 @@ from gala_mpi.gossip.consensus import average_buffers, mean_of_all
 from gala_mpi.gossip.given import flat_of, layout_facts, share_parameters
 from gala_mpi.gossip.gossip import DivergedError, Gossip
 from gala_mpi.gossip.topology import Topology
-from gala_mpi.mpi.collective import DisagreementError, alike_on_all_ranks
+from gala_mpi.mpi.collective import ClosedTogether, DisagreementError, alike_on_all_ranks
 from gala_mpi.mpi.room import NoRoomError
 from gala_mpi.mpi.waiting import wait_until
 from gala_mpi.mpi.window import node_leaders
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from mpi4py.MPI import Intracomm, Request
     from torch import nn
 
@@ -39,7 +37,7 @@ OPTIONS = ("wire", "max_staleness", "neighbour_timeout_s", "delivery", "on_diver
 USUAL, REPLACED, DIVERGED = 0.0, 1.0, 2.0
 
 
-class NodeGossip:
+class NodeGossip(ClosedTogether):
     """Gossip between nodes of a model whose parameters are alike inside each: used like `Gossip`, see there.
 
         with NodeGossip(model, comm) as gossip:
@@ -155,8 +153,8 @@ class NodeGossip:
             self.gossip.load_state_dict(state)
 
     def _take_mean(self) -> None:
-        state = self._flat.host()
         if self._node.size > 1:
+            state = self._flat.host()
             state[:] = mean_of_all(state, self._node, self._timeout_s)
             self._flat.store_host()
 
@@ -193,13 +191,3 @@ class NodeGossip:
         self._closed = True
         self._node.Free()
         self._comm.Free()
-
-    def __enter__(self) -> NodeGossip:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # As of Gossip: after an error the others may never come.
-        if error is None:
-            self.close()

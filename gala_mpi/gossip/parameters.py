@@ -136,7 +136,7 @@ class FlatCopy:
         named = _trained(module, COPIED)
         self.layout, self.given_once = _layout(module), list(module.parameters())
         self._parameters = [parameter for _, parameter in named]
-        # By identity: those of a model are few, and no two are equal.
+        # By identity: == compares elements.
         self._types = {id(parameter): parameter.dtype for parameter in self._parameters}
         sizes = [parameter.numel() for parameter in self._parameters]
         self.size = sum(sizes)

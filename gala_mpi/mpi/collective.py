@@ -1,13 +1,16 @@
-"""Agreement among ranks: on what went wrong, and on what they were given."""
+"""Agreement among ranks: on what went wrong, on what they were given, and on the end of what they share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from gala_mpi.config import UsageError
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from mpi4py.MPI import Intracomm
 
 T = TypeVar("T")
@@ -74,3 +77,20 @@ def alike_on_all_ranks(comm: Intracomm, make: Callable[[], tuple[T, dict[str, ob
                     f"{name} must be the same on all ranks: {value!r} on rank 0, {others[name]!r} on rank {rank}"
                 )
     return made[0]
+
+
+class ClosedTogether(ABC):
+    """What a `with` block closes at its end, but not after an error: the others may never come to a collective end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End it. Collective."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()

@@ -185,13 +185,13 @@ def _reopen(config: TrainConfig) -> RunInfo:
         raise ConfigError("resume", str(folder), "a run that nobody else goes on with just now") from error
     except OSError as error:
         raise ConfigError("resume", str(folder), f"a folder that can be written ({error.strerror})") from error
-    _tidy_up(folder)
+    _tidy_up(folder, last)
     return RunInfo(folder.resolve(), [], run_id, _now(), segment, ended)
 
 
-def _tidy_up(folder: Path) -> None:
-    """Remove what starts that were killed had not written whole."""
-    for path in [*folder.glob("*.tmp"), *folder.glob("segment-*/*.tmp")]:
+def _tidy_up(folder: Path, last: int) -> None:
+    """Remove what starts that were killed had not written whole; of metrics the last one's alone can be left."""
+    for path in {*folder.glob("*.tmp"), *_metrics_folder(folder, last).glob("*.tmp")}:
         if SCRATCH.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -47,7 +47,7 @@ def open_recorder(config: TrainConfig, info: RunInfo, about: Mapping[str, Any]) 
     }
     try:
         path = rank_file(info.folder, about["rank"], info.segment)
-        if path.parent != info.folder:
+        if info.segment:
             path.parent.mkdir(exist_ok=True)
         return Recorder(path, attributes, config.record, config.run.seed)
     except OSError as error:
