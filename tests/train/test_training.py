@@ -198,12 +198,18 @@ def test_the_learning_rate_goes_by_all_ranks_or_by_those_that_a_rank_gains_from(
 
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
 def test_narrow_wires_keep_ranks_together(one_mpi: Mpi, wire: str, once: Once) -> None:
+    """Closer than 4 as a rule: orthogonal layers of this network have a norm of about 16, and a loaded machine may keep
+    one rank waiting while the other goes on. Never farther than both have gone, and what bfloat16 rounds: 16 / 512."""
     run = short_runs(once, one_mpi, 2) / wire
-    for rank in range(2):
-        table = rows(run, rank, "updates")
+    updates = [rows(run, rank, "updates") for rank in range(2)]
+    for table, other in (updates, updates[::-1]):
         assert table["messages_mixed"][-1] > 0 and table["messages_rejected"][-1] == 0
-        # Orthogonal layers of this network have a norm of about 16; neighbours stay far closer than that.
-        assert np.nanmax(table["neighbour_distance"]) < 4
+        distance = table["neighbour_distance"]
+        assert np.nanmedian(distance) < 4
+        seen = np.searchsorted(other["time_s"], table["time_s"], side="right").clip(max=len(other) - 1)
+        gone = np.cumsum(table["update_norm"]) + np.cumsum(other["update_norm"])[seen]
+        mixed = ~np.isnan(distance)
+        assert (distance[mixed] <= gone[mixed] + 16 / 512).all()
 
 
 @pytest.mark.check
