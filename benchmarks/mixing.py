@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What rows of one file must have in common."""
+    """What rows of one size must have in common."""
     names = ("parameters", "update_ms_a_rank", "before", "counted", "looks", "seed")
     return {"machine": machine(), **{name: getattr(args, name) for name in names}}
 
@@ -105,8 +105,9 @@ def main() -> None:
     found: dict[str, Any] = {"gamma": GAMMA, "rows": []}
     if args.out.exists():
         found = json.loads(args.out.read_text())
-        if any(one[name] != value for one in found["rows"] for name, value in settings(args).items()):
-            sys.exit(f"{args.out}: has rows of another machine or other settings")
+        here = [one for one in found["rows"] if one["ranks"] in args.sizes]
+        if any(one[name] != value for one in here for name, value in settings(args).items()):
+            sys.exit(f"{args.out}: has rows of this size of another machine or other settings")
     print("| ranks | topology | consensus distance | effective neighbours | in step | progress | messages | mixed |")
     for size in args.sizes:
         for name in args.topologies:

@@ -43,6 +43,8 @@ import numpy as np
 
 LOST = 3
 LOOK_EVERY_S = 0.2
+# Apart from what is told: each rank reads this folder again and again.
+ORDERS = "orders"
 
 
 def thin(args: argparse.Namespace) -> int:
@@ -88,9 +90,8 @@ def thin(args: argparse.Namespace) -> int:
         if time.monotonic() - looked_at_s < LOOK_EVERY_S:
             continue
         looked_at_s = time.monotonic()
-        # What was told of an order has its name too.
-        for path in folder.glob("order-*"):
-            if path.name in told or path.suffix:
+        for path in (folder / ORDERS).iterdir():
+            if path.name in told:
                 continue
             told.add(path.name)
             told.add(path.name.split("-")[2])
@@ -168,6 +169,7 @@ class Job:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._args, self._folder, self._orders = args, folder, 0
+        (folder / ORDERS).mkdir()
         self.dead: set[int] = set()
         beside = Path(sys.executable).parent / "mpirun"
         launcher = str(beside) if beside.exists() else shutil.which("mpirun")
@@ -205,7 +207,7 @@ class Job:
         """All that live look, and tell."""
         self._orders += 1
         name = f"order-{self._orders}-{what}"
-        (self._folder / name).touch()
+        (self._folder / ORDERS / name).touch()
         facts = self.gather(name, deadline_s)
         vectors = [np.load(self._folder / f"{name}-{rank}.npy") for rank in facts]
         return Seen(facts, np.array(vectors, float))

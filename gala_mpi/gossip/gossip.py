@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
     from torch import nn
 
+REST_S = 0.5
+"""The rest of an own roster between two looks while steps follow each other; in waits it is a round of news."""
 log = logging.getLogger(__name__)
 
 
@@ -164,8 +166,9 @@ class Gossip(ClosedTogether):
         self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
         self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank), max_staleness)
         self.outboxes = self._mailboxes.outboxes
+        self._targets = [graph.targets(comm.rank, turn + 1) for turn in range(graph.period)]
         self._own_roster = Roster(self._comm, courier, neighbour_timeout_s) if roster is None else None
-        self._roster_due_s = 0.0
+        self._came_by_s = -math.inf
         around = self._own_roster or roster
         assert around is not None
         self._survivors = Survivors(self._comm, courier, graph, nbytes, around)
@@ -203,13 +206,13 @@ class Gossip(ClosedTogether):
         self._update, self._agent_steps = self._update + 1, agent_steps
         with self.counters.timed():
             self._courier.check()
-            self._come_by()
+            self._come_by(REST_S)
             self._follow()
-            state = self._flat.host()
+            state, graph = self._flat.host(), self.topology
             found, wait = self._heard.look()
             taken = self._take() if found and not wait else []
             sent = self.counters.messages_sent
-            if not self.post_and_mix(state, self.topology.targets(self._comm.rank, self._update), taken):
+            if not self.post_and_mix(state, self._targets[graph.turn(self._update)], taken):
                 self._recover(state)
                 self._settle([])
                 return True
@@ -240,11 +243,15 @@ class Gossip(ClosedTogether):
             source, inbox = self._survivors.source, self._survivors.inbox
             self._heard.stand_in(None if source is None or inbox is None else InNeighbour(source, inbox))
 
-    def _come_by(self) -> None:
-        """Look after the roster, if nobody else does; it need not be at every step, which may be a short one."""
-        if self._own_roster is not None and time.monotonic() >= self._roster_due_s:
+    def _come_by(self, rest_s: float = SHORTEST_ROUND_S) -> None:
+        """Look after the roster, if nobody else does, and not after a shorter rest: a step may be a short one.
+
+        Often enough that the neighbours of a node, 20 at most, hear of it four times within the timeout.
+        """
+        now_s = time.monotonic()
+        if self._own_roster is not None and now_s - self._came_by_s >= min(rest_s, self._timeout_s / 80):
             self._own_roster.come_by()
-            self._roster_due_s = time.monotonic() + min(SHORTEST_ROUND_S, self._timeout_s / 20)
+            self._came_by_s = now_s
 
     def agree(self, stop: bool) -> bool:
         """Whether this rank ends: each decides for itself."""

@@ -29,7 +29,7 @@ MOST_OF_PATIENCE = 0.25
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class InNeighbour:
     """What this rank knows of one rank that sends to it."""
 
@@ -154,9 +154,10 @@ class InNeighbours:
         The one that stands in has half of what all that are neither lost nor done would leave: over a graph of equal
         weights that is the weight of one that is gone. In a topology of several rounds, of what the messages leave.
         """
-        usual = [(neighbour.rank, message.update) for neighbour, message in taken if neighbour is not self._stand_in]
-        weights = mixing_weights(self._rounds, usual)
-        if len(usual) == len(taken):
+        stands_in = bool(taken) and taken[-1][0] is self._stand_in
+        usual = taken[:-1] if stands_in else taken
+        weights = mixing_weights(self._rounds, [(neighbour.rank, message.update) for neighbour, message in usual])
+        if not stands_in:
             return weights
         left = 1 - sum(weights)
         if len(self._rounds) == 1:

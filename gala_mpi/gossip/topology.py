@@ -161,6 +161,8 @@ def mixing_weights(rounds: Sequence[Mapping[int, float]], heard: Sequence[tuple[
     ranks are out of step, a mix may find messages of several rounds. A round whose messages weigh t alone then counts
     as t / (1 - t) against 1 for the rank's own parameters: m messages of one-peer rounds have 1 / (1 + m) each.
     """
+    if len(rounds) == 1:
+        return [rounds[0][source] for source, _ in heard]
     turns = [_turn_of(rounds, source, update) for source, update in heard]
     totals: dict[int, float] = {}
     for turn, (source, _) in zip(turns, heard, strict=True):
