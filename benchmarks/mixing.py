@@ -10,6 +10,8 @@ times. Where every rank takes noise of the same size at each update:
     progress    what is left of a step that all ranks take at each update
     messages    sent by a rank at an update, in the mean; bytes are those of Pong's network in float32
 
+`hierarchical` runs on nodes of 16 ranks, as which MPICH takes this machine; all others on one.
+
 The same figures, in step computed and out of step simulated, are those of topologies.py. There are more ranks than
 cores, so that ranks come and go as the system lets them: out of step, but sleeping for most of an update.
 """
@@ -24,18 +26,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-from thin import Seen, machine, running
-from topologies import MESSAGE_BYTES
+from thin import Seen, Setting, machine, running
+from topologies import MESSAGE_BYTES, placed
 
 from gala_mpi.config import ConfigError
 from gala_mpi.gossip.mixing import GAMMA, effective_neighbours
-from gala_mpi.gossip.topology import TOPOLOGIES, make_topology
+from gala_mpi.gossip.topology import HIERARCHICAL, TOPOLOGIES
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One job of `args.ranks` ranks over `args.topology`."""
     about = f"{args.topology}, {args.ranks} ranks"
-    with running(args) as job:
+    setting = Setting(
+        args.ranks, nodes(args.topology, args.ranks), args.topology, args.parameters, timeout_s=args.timeout_s,
+        seed=args.seed, update_s=args.ranks * args.update_ms_a_rank / 1000,
+    )  # fmt: skip
+    with running(setting) as job:
         job.gather("pid", args.deadline_s)
         end = time.monotonic() + args.run_s
         seen: list[Seen] = []
@@ -52,6 +58,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if code:
             sys.exit(f"{about}: exit code {code}")
     return {**row(args.topology, args.ranks, seen), **settings(args)}
+
+
+def nodes(topology: str, ranks: int) -> int:
+    """As which the machine is taken: several for the topology that knows of nodes."""
+    return len(set(placed(topology, ranks)[1])) if topology == HIERARCHICAL else 1
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,7 +86,8 @@ def row(name: str, ranks: int, seen: list[Seen]) -> dict[str, Any]:
         "ranks": ranks,
         "distance": statistics.mean(one.distance for one in seen),
         "neighbours": progress / (1 - GAMMA) / variance,
-        "in_step": effective_neighbours(make_topology(name, ranks)),
+        "nodes": nodes(name, ranks),
+        "in_step": effective_neighbours(placed(name, ranks)[0]),
         "progress": progress,
         "messages": messages,
         "bytes": messages * MESSAGE_BYTES,
@@ -112,13 +124,13 @@ def main() -> None:
     for size in args.sizes:
         for name in args.topologies:
             try:
-                make_topology(name, size)
+                placed(name, size)
             except ConfigError as error:
                 print(error, file=sys.stderr)
                 continue
             if any((one["topology"], one["ranks"]) == (name, size) for one in found["rows"]):
                 continue
-            args.ranks, args.topology, args.update_s = size, name, size * args.update_ms_a_rank / 1000
+            args.ranks, args.topology = size, name
             one = measure(args)
             found["rows"].append(one)
             args.out.write_text(json.dumps(found, indent=1) + "\n")

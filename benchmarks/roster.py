@@ -34,8 +34,9 @@ import numpy as np
 from gala_mpi import _native
 from gala_mpi.gossip import roster as module
 from gala_mpi.gossip.mailbox import HEADER
-from gala_mpi.gossip.roster import HEIRS, Heirs, Roster, roster_bytes, round_s
-from gala_mpi.gossip.shared_rows import BEAT, FLAGS, ROW_BYTES, ROW_WORDS, shared_bytes
+from gala_mpi.gossip.news import HEIRS, ROW_BYTES, ROW_WORDS, Heirs, round_s
+from gala_mpi.gossip.roster import Roster, roster_bytes
+from gala_mpi.gossip.shared_rows import BEAT, FLAGS, shared_bytes
 
 PER_NODE = 64
 TIMEOUT_S = 60.0

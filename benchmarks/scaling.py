@@ -1,23 +1,21 @@
-"""More ranks, and ranks that are held up: measured here, and simulated for a cluster.
+"""From 8 ranks to 4,096: thin ranks measured, a simulation that is checked against them, and what it says of a cluster.
 
     python benchmarks/scaling.py --out benchmarks/results/scaling.json
 
-Measured: Pong on 1, 2, 4 and 8 ranks of this machine (marked where those are more than its cores) under gossip,
-all-reduce and no exchange; each free, with the last rank at a fraction of its speed (it computes for nothing, so that
-it keeps its share of a core), and with every rank pausing now and then. The runs of one size take turns. A rank's
-first quarter of a run, and the last second, are left out. With more ranks than cores, ranks that wait in an all-reduce
-may take the core from those they wait for, and those that pause give it to others: such sizes show that gossip holds
-nobody up, and say little of speed.
+Checked: thin ranks (see thin.py) on this machine, taken for several nodes, with the real exchange, board, couriers and
+checkpoints; each size free, with the last rank at half speed, and with every rank pausing now and then. All ranks share
+the few cores. The simulation (see simulation.py) gets what one rank costs from the free runs of the two smallest sizes:
+the core's time of an update, of a look of the courier and of one more peer, of a checkpoint, and of a start, each with
+its growth from the one size to the other. It is then to foretell all other runs; the error is printed.
 
-Simulated (see simulation.py): the times of updates, as measured in the free runs of a size, are first put together to
-what its runs with stragglers should have given, and the error is printed; the free runs themselves are what the
-simulation is fitted to, so that theirs is no test. Then to what ranks of a cluster would give, on a core each, a node
-each, and a network of `--gbit-per-s` and `--latency-us`: with what an exchange by the communication thread costs a rank
-here (inside the node: what a network's own copies cost is not in it). Times are drawn independently; once all of them,
-and once without the longest hundredth, since of a thousand ranks one always draws the longest, and an all-reduce waits
-for it.
+Simulated: ranks of a cluster, on a core each, 64 on a node, with a link of `--gbit-per-s` and `--latency-us` each.
+Times of updates are drawn from those of two ranks that play Pong here (one on each core), and so is what a checkpoint
+costs them, and an exchange over the network, with courier and board. To that comes what grows with the ranks: the
+board's rows, the couriers' peers, checkpoints at once under all-reduce, and the start. Once with all times, and once
+without the longest hundredth: of a thousand ranks one always draws the longest, and an all-reduce waits for it. What a
+start takes of a shared file system is not in it.
 
-Needs mpirun of the environment that runs it, beside its Python or on the PATH.
+Needs MPICH: mpirun of the environment that runs it, beside its Python or on the PATH.
 """
 
 from __future__ import annotations
@@ -26,237 +24,332 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
+import held_up
 import numpy as np
-from simulation import Network, Outcome, Straggling, allreduce, gossip, ring
+from simulation import FREE, Checkpoints, Cluster, Network, Outcome, Straggling, allreduce, gossip
+from thin import Seen, Setting, courier_rest_s, running
 
-EXCHANGES = ("none", "gossip", "allreduce")
-# The last rank spins; pauses are drawn by every rank.
-HELD_UP = """
-import random, sys, time
-from gala_mpi import cli
-from gala_mpi.train import agent
-from mpi4py import MPI
-factor, pause_s, pause_share = map(float, sys.argv[1:4])
-last = MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1
-rng = random.Random(MPI.COMM_WORLD.rank)
-train = agent.Agent.train
-def held_up(self, stop):
-    # Time spent computing, without the exchange and its waits.
-    def computing_s():
-        return time.perf_counter() - self._stopwatch.seconds["exchange"]
-    begin = computing_s()
-    def hold_up(update):
-        nonlocal begin
-        if last and factor > 1:
-            end = time.perf_counter() + (factor - 1) * (computing_s() - begin)
-            while time.perf_counter() < end:
-                pass
-        if rng.random() < pause_share:
-            time.sleep(rng.expovariate(1 / pause_s))
-        begin = computing_s()
-    return train(self, stop, on_update=hold_up)
-agent.Agent.train = held_up
-sys.exit(cli.train(sys.argv[4:]))
-"""
-SIMULATED_UPDATES = 400
-# Couriers look at a message when it waits, when it has arrived, and when it is answered. The pause between two looks is
-# SLEEP_S of gala_mpi.gossip.courier, which is not imported, as that starts MPI, and so do the runs.
-LOOKS, SLEEP_S = 3, 0.002
+from gala_mpi.gossip.news import ROW_BYTES, Heirs, round_s
+from gala_mpi.gossip.topology import HIERARCHICAL, Topology, make_topology
+from gala_mpi.storage.turns import TOGETHER_BYTES_PER_S
+
+# Couriers look at a message when it waits, when it has arrived, and when it is answered.
+LOOKS = 3
+COURIER_REST_S = 0.002
+CHECKPOINT_EVERY_S, PER_NODE = 300.0, 64
+# Of `Board.report`, for each rank: see roster.py.
+ROW_S = 0.03e-6
+UPDATES = 400
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one run gave, for each rank: agent steps a second; and of its updates the numbers and the seconds."""
+class Costs:
+    """What one thin rank takes of a core, by the number of ranks: at `ranks` of them, and more for each one more."""
 
-    speeds: list[float]
-    updates: list[list[int]]
-    compute_s: list[list[float]]
-    exchange_s: list[list[float]]
-
-    @property
-    def update_s(self) -> float:
-        """Mean time of an update."""
-        return float(np.mean(np.concatenate(self.compute_s)) + np.mean(np.concatenate(self.exchange_s)))
-
-    @property
-    def shortest_exchange_s(self) -> float:
-        """Median over the updates of the shortest exchange of all ranks: the last to come to it waits for nobody."""
-        own = [dict(zip(u, e, strict=True)) for u, e in zip(self.updates, self.exchange_s, strict=True)]
-        common = set.intersection(*(set(rank) for rank in own))
-        return float(np.median([min(rank[update] for rank in own) for update in common]))
+    ranks: int
+    update_s: float
+    update_growth_s: float
+    look_s: float
+    """Of a courier without peers."""
+    peer_s: float
+    checkpoint_s: float
+    start_s: float
+    start_growth_s: float
+    launch_s: float
+    """What a start takes beside all ranks' own time."""
 
 
-def launcher() -> str:
-    """The mpirun that belongs to this Python."""
-    beside = Path(sys.executable).parent / "mpirun"
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    return found or sys.exit("no mpirun beside this Python or on the PATH")
+def kinds(update_s: float, args: argparse.Namespace) -> dict[str, Straggling]:
+    """What holds ranks up, by name, where an update takes so long in the mean."""
+    pauses = Straggling(pause_s=args.pause_updates * update_s, pause_share=args.pause_share)
+    return {"free": FREE, "one slow": Straggling(factor=args.slow), "pauses": pauses}
 
 
-def run(ranks: int, exchange: str, held_up: Straggling, args: argparse.Namespace, *more: str) -> Run:
-    """One run, measured."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "run"
-        command = [launcher(), "-n", str(ranks), sys.executable, "-c", HELD_UP]
-        command += [str(held_up.factor), str(held_up.pause_s), str(held_up.pause_share)]
-        command += ["--env", args.env, "--exchange", exchange, "--device", "cpu", "--total-steps", "1_000_000_000"]
-        command += ["--time-limit-s", str(args.seconds), "--record-every", "1", "--out", str(folder), *more]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=args.seconds + 60 * (5 + ranks))
-        return Run(*map(list, zip(*(read(folder / f"rank-{r:05d}.h5") for r in range(ranks)), strict=True)))
+def sleep_s(ranks: int, args: argparse.Namespace) -> float:
+    """Mean sleep of a thin rank."""
+    return max(ranks * args.update_ms_a_rank / 1000, 0.1)
 
 
-def read(path: Path) -> tuple[float, list[int], list[float], list[float]]:
-    """Speed, and numbers, computing times and exchange times of the updates of one rank."""
-    with h5py.File(path, "r", locking=False) as file:
-        updates, profile = file["updates"][:], file["profile"][:]
-    times = updates["time_s"]
-    inside = (times > times[-1] / 4) & (times < times[-1] - 1)
-    updates, profile, times = updates[inside], profile[inside], times[inside]
-    if len(times) < 3:
-        sys.exit(f"{path.name}: too few updates to measure; take more --seconds")
-    speed = (updates["agent_steps"][-1] - updates["agent_steps"][0]) / (times[-1] - times[0])
-    parts = [name for name in profile.dtype.names if name.endswith("_s") and name not in ("time_s", "exchange_s")]
-    compute = np.diff(sum(profile[name] for name in parts))
-    return float(speed), updates["update"][1:].tolist(), compute.tolist(), np.diff(profile["exchange_s"]).tolist()
+def check(ranks: int, nodes: int, kind: Straggling, args: argparse.Namespace) -> dict[str, Any]:
+    """One job of thin ranks, measured."""
+    setting = Setting(
+        ranks, nodes, HIERARCHICAL, update_s=sleep_s(ranks, args), timeout_s=args.timeout_s,
+        checkpoint_every_s=args.checkpoint_every * sleep_s(ranks, args), straggling=kind,
+    )  # fmt: skip
+    with running(setting) as job:
+        started = job.gather("pid", args.deadline_s).values()
+        start_s = max(facts["time_s"] for facts in started) - job.begun_s
+        seen: list[Seen] = []
+        while len(seen) < 3 or seen[-1].updates - seen[0].updates < args.counted:
+            time.sleep(4 * setting.update_s)
+            look = job.order("look", args.deadline_s)
+            if any(facts["lost"] for facts in look.facts.values()):
+                sys.exit(f"{ranks} ranks: some rank was lost; take a longer --timeout-s")
+            if min(facts["update"] for facts in look.facts.values()) >= args.before:
+                seen.append(look)
+        _, code = job.stop(args.deadline_s)
+        if code:
+            sys.exit(f"{ranks} ranks: exit code {code}")
+    start_cpu_s = statistics.mean(facts["process_s"] for facts in started)
+    return {"update_s": setting.update_s, "nodes": nodes, "start_s": start_s, "start_cpu_s": start_cpu_s, **told(seen)}
 
 
-def predict(exchange: str, ranks: int, held_up: Straggling, free: dict[str, Run]) -> Outcome:
-    """What the simulation says of a measured run: from free runs of the same size, no network."""
-    computing = np.concatenate(free["none"].compute_s)
-    times = held_up.draw(computing, ranks, SIMULATED_UPDATES, np.random.default_rng(ranks))
-    if exchange == "gossip":
-        return gossip(times, statistics.median(np.concatenate(free["gossip"].exchange_s)), 0.0, ring(ranks))
-    if exchange == "none":
-        return gossip(times, 0.0, 0.0, [[] for _ in range(ranks)])
-    return allreduce(times, free["allreduce"].shortest_exchange_s)
+def told(seen: list[Seen]) -> dict[str, Any]:
+    """What the ranks did between the first look and the last."""
+    first, last = seen[0].facts, seen[-1].facts
+    ranks = sorted(last)
+    gained = {
+        name: np.array([last[rank][name] - first[rank][name] for rank in ranks], float)
+        for name in ("update", "mixed", "sent", "mixing_updates", "stale_sum", "learner_s", "process_s", "time_s")
+    }
+    checkpoints, checkpoint_s = (
+        sum(last[rank][name] - first[rank][name] for rank in ranks) for name in ("checkpoints", "checkpoint_s")
+    )
+    updates = gained["update"].sum()
+    speeds = gained["update"] / gained["time_s"]
+    courier_s = (gained["process_s"] - gained["learner_s"]) / gained["time_s"]
+    every = [facts for one in seen for facts in one.facts.values()]
+    peers = [last[rank]["peers"] for rank in ranks]
+    # Least squares over the ranks: of a courier without peers, and of one peer.
+    by_peers = np.polyfit(peers, courier_s, 1).tolist()[::-1] if len(set(peers)) > 1 else [float(courier_s.mean()), 0.0]
+    return {
+        "updates_per_s": float(speeds.sum()),
+        "others_per_s": float(speeds[:-1].sum()),
+        "mixed_share": float(gained["mixing_updates"].sum() / updates),
+        "messages_mixed": float(gained["mixed"].sum() / updates),
+        "messages_sent": float(gained["sent"].sum() / updates),
+        "staleness_mean": float(gained["stale_sum"].sum() / updates),
+        "news_mean_s": statistics.mean(facts["news_mean_s"] for facts in every),
+        "news_oldest_s": max(facts["news_oldest_s"] for facts in every),
+        "checkpoint_share": float(checkpoint_s / gained["time_s"].sum()),
+        "checkpoint_s": float(checkpoint_s / checkpoints) if checkpoints else 0.0,
+        "update_cpu_s": float(gained["learner_s"].sum() / updates),
+        "courier_share": float(courier_s.mean()),
+        "courier_by_peers": by_peers,
+        "pss_mib": statistics.mean(facts["pss_bytes"] for facts in last.values()) / 2**20,
+        "peers": statistics.mean(peers),
+    }
 
 
-def others(speeds: list[float]) -> float:
-    """Speed of all ranks but the last; of the only one, if there is but one."""
-    return sum(speeds[:-1] or speeds)
+def costs(small: dict[str, Any], large: dict[str, Any], sizes: tuple[int, int], cores: int) -> Costs:
+    """Of free runs of two sizes."""
+    more = sizes[1] - sizes[0]
+    base, peer = (share * courier_rest_s(sizes[1]) for share in large["courier_by_peers"])
+    return Costs(
+        ranks=sizes[0],
+        update_s=small["update_cpu_s"],
+        update_growth_s=(large["update_cpu_s"] - small["update_cpu_s"]) / more,
+        look_s=base,
+        peer_s=peer,
+        checkpoint_s=small["checkpoint_s"],
+        start_s=small["start_cpu_s"],
+        start_growth_s=max(large["start_cpu_s"] - small["start_cpu_s"], 0.0) / more,
+        launch_s=max(small["start_s"] - sizes[0] * small["start_cpu_s"] / cores, 0.0),
+    )
 
 
-def measure(ranks: int, kinds: dict[str, Straggling], args: argparse.Namespace) -> tuple[dict[str, Any], dict]:
-    """All runs of one size, and what is simulated of them; prints a line for each."""
-    runs: dict[tuple[str, str], list[Run]] = {(e, k): [] for k in kinds for e in EXCHANGES}
-    for _ in range(args.repeats):
-        for exchange, kind in runs:
-            runs[exchange, kind].append(run(ranks, exchange, kinds[kind], args))
-    free = {exchange: runs[exchange, "free"][0] for exchange in EXCHANGES}
-    steps, found = args.simulators * args.rollout_steps, {}
-    for (exchange, kind), own in runs.items():
-        speeds = [sum(one.speeds) for one in own]
-        simulated = float(predict(exchange, ranks, kinds[kind], free).updates_per_s.sum()) * steps
-        # Turn by turn, beside the run of the same turn that nothing held up.
-        kept = [others(a.speeds) / others(b.speeds) for a, b in zip(own, runs[exchange, "free"], strict=True)]
-        found[f"{exchange}, {kind}"] = {
-            "steps_per_s": speeds,
-            "others_kept": kept,
-            "simulated_steps_per_s": simulated,
-            "simulation_error": simulated / statistics.median(speeds) - 1,
-        }
-        error = "(fitted)" if kind == "free" else f"{simulated / statistics.median(speeds) - 1:+.1%}"
-        marked = f"{ranks}{'*' if ranks > len(os.sched_getaffinity(0)) else ''}"
-        print(
-            f"{marked:>4}  {exchange:<9}  {kind:<9}  {statistics.median(speeds):>7,.0f}  "
-            f"{statistics.median(kept):>6.1%}  {simulated:>9,.0f}  {error:>8}",
-            flush=True,
-        )
-    return found, free
+def foretell(
+    ranks: int, one: dict[str, Any], kind: Straggling, cost: Costs, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What the simulation says of a job of thin ranks; of what was measured it gets the setting and the peers."""
+    rng, cores, rest_s = np.random.default_rng(ranks), len(os.sched_getaffinity(0)), courier_rest_s(ranks)
+    more = ranks - cost.ranks
+    work_s = cost.update_s + more * cost.update_growth_s
+    cluster = Cluster(
+        make_topology(HIERARCHICAL, ranks, [f"n{rank * one['nodes'] // ranks}" for rank in range(ranks)]),
+        ranks // one["nodes"],
+        message_s=LOOKS * rest_s,
+        news_s=LOOKS * rest_s,
+        courier_share=(cost.look_s + one["peers"] * cost.peer_s) / rest_s,
+        cores=cores,
+        # All that it takes is taken by one rank at a time, as they share a disk and cores.
+        checkpoints=Checkpoints(args.checkpoint_every * one["update_s"], cost.checkpoint_s, cost.checkpoint_s),
+        timeout_s=args.timeout_s,
+    )
+    updates = args.before + args.counted
+    drawn = rng.uniform(0.5, 1.5, (updates, ranks)) * one["update_s"]
+    rests = np.array([[kind.one(s, rank == ranks - 1, rng) for rank, s in enumerate(row)] for row in drawn])
+    outcome = gossip(cluster, rests, np.full_like(rests, work_s), warm_up_s=args.before * one["update_s"])
+    return {
+        **told_of(outcome),
+        "start_s": cost.launch_s + ranks * (cost.start_s + more * cost.start_growth_s) / cores,
+        "courier_share": cluster.courier_share,
+        "update_cpu_s": work_s,
+    }
+
+
+def told_of(outcome: Outcome) -> dict[str, Any]:
+    """An outcome by the names of `told`."""
+    values = {name: value for name, value in asdict(outcome).items() if name != "updates_per_s"}
+    speeds = outcome.updates_per_s
+    return {**values, "updates_per_s": float(speeds.sum()), "others_per_s": float(speeds[:-1].sum())}
+
+
+COMPARED = {
+    "start_s": "start, s",
+    "updates_per_s": "updates/s",
+    "others_per_s": "of the others",
+    "mixed_share": "mixing updates",
+    "messages_mixed": "mixed",
+    "staleness_mean": "staleness",
+    "news_mean_s": "news, s",
+    "news_oldest_s": "oldest, s",
+    "courier_share": "couriers",
+    "checkpoint_share": "checkpoints",
+}
+
+
+def checked(args: argparse.Namespace) -> tuple[dict[str, Any], Costs]:
+    """All sizes, measured and foretold; prints a line for each of both."""
+    cores = len(os.sched_getaffinity(0))
+    print(f"thin ranks on {cores} cores, measured and foretold\n ranks  kind        " + "  ".join(COMPARED.values()))
+    found: dict[str, dict[str, Any]] = {}
+    nodes = dict(zip(args.ranks, args.nodes, strict=True))
+    for ranks in args.ranks:
+        for name, kind in kinds(sleep_s(ranks, args), args).items():
+            found[f"{ranks}, {name}"] = {"measured": check(ranks, nodes[ranks], kind, args)}
+            print(f"{ranks:6,}  {name:<10}  {line(found[f'{ranks}, {name}']['measured'])}", flush=True)
+    sizes = (args.ranks[0], args.ranks[1])
+    cost = costs(*(found[f"{size}, free"]["measured"] for size in sizes), sizes, cores)
+    print("\nforetold, and how far off")
+    for ranks in args.ranks:
+        for name, kind in kinds(sleep_s(ranks, args), args).items():
+            one = found[f"{ranks}, {name}"]
+            one["foretold"] = foretell(ranks, one["measured"], kind, cost, args)
+            fitted = name == "free" and ranks in sizes
+            print(f"{ranks:6,}  {name:<10}  {line(one['foretold'], one['measured'])}{' (fitted)' * fitted}", flush=True)
+    return found, cost
+
+
+def line(values: dict[str, Any], beside: dict[str, Any] | None = None) -> str:
+    """Figures in the order of COMPARED, with their difference from others."""
+    parts = []
+    for name in COMPARED:
+        value = values[name]
+        part = f"{value:.3g}"
+        if beside is not None and beside[name]:
+            part += f" ({value / beside[name] - 1:+.0%})"
+        parts.append(f"{part:>12}")
+    return "  ".join(parts)
 
 
 def simulate(
-    free: dict[str, Run], kinds: dict[str, Straggling], args: argparse.Namespace
+    free: dict[str, held_up.Run], cost: Costs, args: argparse.Namespace
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """What it begins with, and ranks of a cluster, from the free runs of one rank a core; prints a line for each."""
+    """What it begins with, and ranks of a cluster; prints a line for each."""
     network = Network(args.latency_us * 1e-6, args.gbit_per_s * 1e9 / 8)
     measured = np.concatenate(free["none"].compute_s)
     middle, nearly_all = np.quantile(measured, [0.5, 0.99])
-    # What messages to other nodes cost a rank, with its communication thread's part in it.
+    # What messages to another node cost a rank, with its courier's part in it and the board's.
     exchange_s = max(free["background"].update_s - free["none"].update_s, 0.0)
+    alone_s = statistics.mean(free["none"].checkpoint_s)
     print(
-        f"{len(measured):,} updates: {middle * 1e3:.1f} ms (median), {nearly_all * 1e3:.1f} (99 of 100), "
+        f"\n{len(measured):,} updates: {middle * 1e3:.1f} ms (median), {nearly_all * 1e3:.1f} (99 of 100), "
         f"{measured.max() * 1e3:.1f} (longest); an exchange in the background costs {exchange_s * 1e3:.2f} ms\n"
-        " ranks  exchange   straggling    steps/s  of ideal   mixed  staleness, most"
+        " ranks  exchange   straggling    steps/s  of ideal   mixed  staleness, most  news, s  oldest  board, Mbit/s  "
+        "couriers  checkpoints  start, s"
     )
     begun = {"updates": len(measured), "median_s": middle, "p99_s": nearly_all, "longest_s": measured.max()}
-    begun["exchange_s"] = exchange_s
-    cases = [(name, held_up, measured) for name, held_up in kinds.items()]
-    cases.append(("no tail", Straggling(), measured[measured <= nearly_all]))
+    begun |= {"exchange_s": exchange_s, "start_s": args.start_s, "checkpoint_s": alone_s}
+    cases = [(name, kind, measured) for name, kind in kinds(float(measured.mean()), args).items()]
+    cases.append(("no tail", FREE, measured[measured <= nearly_all]))
+    # Of a checkpoint the file system's part is not done for two ranks at once.
+    file_bytes = 2 * args.message_bytes
+    points = Checkpoints(CHECKPOINT_EVERY_S, alone_s, file_bytes / TOGETHER_BYTES_PER_S)
     found = []
-    for name, held_up, computing in cases:
+    for name, kind, computing in cases:
         for ranks in args.simulate:
-            times = held_up.draw(computing, ranks, SIMULATED_UPDATES, np.random.default_rng(ranks))
-            message_s = network.message_s(args.message_bytes) + LOOKS * SLEEP_S
+            nodes = [f"n{rank // PER_NODE}" for rank in range(ranks)]
+            topology, heirs = make_topology("auto", ranks, nodes), Heirs([r - r % PER_NODE for r in range(ranks)])
+            # The first node's ranks; rank 0 leads it, and has the most.
+            peers = [distant_peers(rank, topology, heirs) for rank in range(min(PER_NODE, ranks))]
+            cluster = Cluster(
+                topology, PER_NODE, exchange_s=exchange_s + ranks * ROW_S,
+                message_s=network.message_s(args.message_bytes) + LOOKS * COURIER_REST_S,
+                news_s=network.message_s(ranks * ROW_BYTES) + LOOKS * COURIER_REST_S,
+                # The two ranks that were measured had one peer each.
+                courier_share=max(statistics.mean(peers) - 1, 0) * cost.peer_s / COURIER_REST_S, checkpoints=points,
+            )  # fmt: skip
+            times = kind.draw(computing, ranks, UPDATES, np.random.default_rng(ranks))
             together = {
-                "gossip": gossip(times, exchange_s, message_s, ring(ranks)),
-                "allreduce": allreduce(times, network.allreduce_s(ranks, args.message_bytes)),
+                "gossip": gossip(cluster, np.zeros_like(times), times, warm_up_s=float(times.sum(axis=0).mean()) / 4),
+                "allreduce": allreduce(times, network.allreduce_s(ranks, args.message_bytes), points),
             }
+            steps = args.simulators * args.rollout_steps
+            degree = len(heirs.neighbours_of(0))
+            board_bytes = (ranks * ROW_BYTES) / round_s(ranks, degree, cluster.timeout_s) if degree else 0.0
             for exchange, outcome in together.items():
                 total = float(outcome.updates_per_s.sum())
-                efficiency = total / ranks * computing.mean()
-                entry = {"ranks": ranks, "exchange": exchange, "straggling": name, "efficiency": efficiency}
-                entry |= {k: v for k, v in asdict(outcome).items() if k != "updates_per_s"}
-                entry["steps_per_s"] = total * args.simulators * args.rollout_steps
+                entry = {"ranks": ranks, "exchange": exchange, "straggling": name, "topology": topology.name}
+                entry |= {"efficiency": total / ranks * computing.mean(), "steps_per_s": total * steps}
+                entry |= told_of(outcome) | {"peers": statistics.mean(peers), "most_peers": max(peers)}
+                entry |= {"courier_share": cluster.courier_share}
+                entry |= {"board_bytes_per_s": board_bytes, "start_s": args.start_s + ranks * cost.start_growth_s}
                 found.append(entry)
                 print(
-                    f"{ranks:6,}  {exchange:<9}  {name:<10}  {entry['steps_per_s']:>9,.0f}  {efficiency:>8.1%}  "
-                    f"{outcome.mixed_share:>6.1%}  {outcome.staleness_mean:>9.2f}  {outcome.staleness_most:>4d}",
+                    f"{ranks:6,}  {exchange:<9}  {name:<10}  {entry['steps_per_s']:>9,.0f}  "
+                    f"{entry['efficiency']:>8.1%}  {outcome.mixed_share:>6.1%}  {outcome.staleness_mean:>9.2f}  "
+                    f"{outcome.staleness_most:>4d}  {outcome.news_mean_s:7.2f}  {outcome.news_oldest_s:6.2f}  "
+                    f"{8e-6 * board_bytes:13.2f}  {cluster.courier_share:8.2%}  {outcome.checkpoint_share:11.3%}  "
+                    f"{entry['start_s']:8.1f}",
                     flush=True,
                 )
     return {name: float(value) for name, value in begun.items()}, found
 
 
+def distant_peers(rank: int, topology: Topology, heirs: Heirs) -> int:
+    """How many ranks of other nodes a rank's courier carries for: the topology's, and the board's."""
+    peers = {*topology.out_neighbours(rank), *topology.in_neighbours(rank), *heirs.in_neighbours(rank)}
+    return sum(peer // PER_NODE != rank // PER_NODE for peer in peers)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="sizes to measure")
-    parser.add_argument("--env", default="ALE/Pong-v5")
-    parser.add_argument("--seconds", type=float, default=15, help="length of a run")
-    parser.add_argument("--repeats", type=int, default=1, help="turns of the runs of one size")
-    parser.add_argument("--factor", type=float, default=2, help="how much longer the slow rank takes")
-    parser.add_argument("--pause-ms", type=float, default=200, help="mean of a pause")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128, 256], help="sizes of thin ranks")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8, 8], help="nodes of each size")
+    parser.add_argument("--update-ms-a-rank", type=float, default=4.0, help="mean sleep of an update, for each rank")
+    parser.add_argument("--before", type=int, default=10, help="updates of thin ranks before the first look")
+    parser.add_argument("--counted", type=int, default=40, help="updates of thin ranks over which they look")
+    parser.add_argument("--checkpoint-every", type=float, default=10.0, help="updates of thin ranks")
+    parser.add_argument("--timeout-s", type=float, default=120.0, help="silence after which a thin rank is lost")
+    parser.add_argument("--deadline-s", type=float, default=300.0, help="of whatever is waited for")
+    parser.add_argument("--slow", type=float, default=2.0, help="how much longer the slow rank takes")
+    parser.add_argument("--pause-updates", type=float, default=3.0, help="mean of a pause, in updates")
     parser.add_argument("--pause-share", type=float, default=0.02, help="share of the updates with a pause")
-    parser.add_argument("--simulate", type=int, nargs="+", default=[2, 16, 128, 1024, 4096], help="sizes to simulate")
+    parser.add_argument("--env", default="ALE/Pong-v5")
+    parser.add_argument("--seconds", type=float, default=30, help="length of a run of two ranks of Pong")
+    parser.add_argument("--simulate", type=int, nargs="+", default=[128, 256, 1024, 4096], help="sizes to simulate")
     parser.add_argument("--gbit-per-s", type=float, default=25, help="of each rank's link, in each direction")
     parser.add_argument("--latency-us", type=float, default=5, help="of a message of one byte")
     parser.add_argument("--message-bytes", type=int, default=866_000 * 4, help="size of the parameters")
+    parser.add_argument(
+        "--start-s", type=float, default=3.7, help="of one rank of Pong to its first update: startup.py"
+    )
     parser.add_argument("--out", type=Path, help="write the raw figures to this JSON file")
     args = parser.parse_args()
+    if len(args.ranks) < 2 or len(args.nodes) != len(args.ranks):
+        parser.error("--ranks: expected two sizes or more, and --nodes for each")
     args.simulators, args.rollout_steps = 16, 5
-    kinds = {
-        "free": Straggling(),
-        "one slow": Straggling(factor=args.factor),
-        "pauses": Straggling(pause_s=args.pause_ms / 1000, pause_share=args.pause_share),
+    found, cost = checked(args)
+    # One rank on each of two cores, the last runs of all.
+    free = {
+        "none": held_up.run(2, "none", FREE, args),
+        "background": held_up.run(2, "gossip", FREE, args, "--delivery", "background"),
     }
-    cores = len(os.sched_getaffinity(0))
-    print(
-        f"measured ({cores} cores; *: more ranks than cores); others: what all ranks but the last keep of their speed"
-        "\nranks  exchange   straggling  steps/s  others  simulated  error"
-    )
-    measured, free = {}, {}
-    for ranks in args.ranks:
-        measured[str(ranks)], free[ranks] = measure(ranks, kinds, args)
-    fitting = max((ranks for ranks in args.ranks if ranks <= cores), default=min(args.ranks))
-    print(
-        f"\nsimulated from the free runs of {fitting} ranks; a link of {args.gbit_per_s:g} Gbit/s and "
-        f"{args.latency_us:g} us for each rank"
-    )
-    free[fitting]["background"] = run(fitting, "gossip", kinds["free"], args, "--delivery", "background")
-    begun, simulated = simulate(free[fitting], kinds, args)
+    begun, simulated = simulate(free, cost, args)
     if args.out:
-        settings = {**vars(args), "out": None, "machine": platform.processor() or platform.machine(), "cores": cores}
-        results = {"settings": settings, "measured": measured, "simulated_from": begun, "simulated": simulated}
+        settings = {**vars(args), "out": None, "machine": platform.processor() or platform.machine()}
+        settings["cores"] = len(os.sched_getaffinity(0))
+        results = {"settings": settings, "checked": found, "costs": asdict(cost)}
+        results |= {"simulated_from": begun, "simulated": simulated}
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -1,20 +1,25 @@
 """Thin ranks: the real exchange and board, with a stand-in for learner and simulators, so that 256 run on two cores.
 
-    python benchmarks/thin.py --ranks 256 --kill 1 --kill 8 --kill 32 --out benchmarks/results/thin-256.json
+    python benchmarks/thin.py --ranks 256 --nodes 8 --kill 1 --kill 8 --kill node --out benchmarks/results/thin-256.json
 
 A thin rank has no torch and no environment. It sleeps for a time that it draws, adds noise of one size to its
 parameters, as an optimiser's step does, and then does what a rank of `gala-mpi train` does: `Gossip.step` and
-`Board.report`. So what is measured is start-up, memory, mixing, the board, and what lost ranks do to all that. What a
-step costs is not: there are more ranks than cores.
+`Board.report`, and with `--checkpoint-every-s` checkpoints in turn, of its parameters twice. So what is measured is
+start-up, memory, mixing, the board, and what lost ranks do to all that. What a step costs is not: there are more ranks
+than cores.
 
 Of its 2 n + 1 parameters the first n take noise and keep it; the next n forget it, by the factor sqrt(gamma) at each
 update; the last counts the steps. The first show how far ranks are apart; the others, by how much less noise they have
 than those of a rank alone, from how many ranks it gains (benchmarks/mixing.py).
 
 This script starts the ranks by mpirun, and is told by files what they do. At some instants all ranks write down their
-parameters; their distance to their mean is the consensus distance. `--kill N` kills N ranks in a row (ranks of one
-"node", if they are numbered by nodes), after the first of which it waits until all that live have noticed. The ranks
-end by themselves and with exit code 3 if some were killed, as training does.
+parameters; their distance to their mean is the consensus distance. `--kill N` kills N ranks in a row, and `--kill node`
+all of a node; then it waits until all that live have noticed. The ranks end by themselves and with exit code 3 if some
+were killed, as training does.
+
+`--nodes N` has MPICH take this machine for N nodes of equal size (its "cliques"). Between them messages go by the
+network, so by the courier, and the board's news too. Couriers rest for longer the more ranks there are, as they share
+cores here: the time of a message is longer by that.
 
 The mean distance of independent ranks would grow without bound; that of an all-reduce is 0. Consensus distances are in
 units of the noise of a step: sqrt(sum of squares / parameters) / step noise.
@@ -35,56 +40,98 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from simulation import FREE, Straggling
+
+from gala_mpi.storage.checkpoint import CheckpointFolder, Facts
+from gala_mpi.storage.turns import next_turn_s
 
 LOST = 3
+# Of a row of the board, see gala_mpi.train.board.
+AGENT_STEPS = 2
 LOOK_EVERY_S = 0.2
 # Apart from what is told: each rank reads this folder again and again.
 ORDERS = "orders"
+NODE = "node"
 
 
-def thin(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Setting:
+    """What a job of thin ranks is. `parameters` are those of each kind; `straggling` holds up its sleep."""
+
+    ranks: int = 32
+    nodes: int = 1
+    topology: str = "auto"
+    parameters: int = 500
+    update_s: float = 0.5
+    timeout_s: float = 20.0
+    checkpoint_every_s: float = 0.0
+    straggling: Straggling = FREE
+    seed: int = 1
+
+    @classmethod
+    def from_json(cls, text: str) -> Setting:
+        """What `to_json` gave."""
+        values = json.loads(text)
+        return cls(**{**values, "straggling": Straggling(**values["straggling"])})
+
+    def to_json(self) -> str:
+        """As an argument of a rank."""
+        return json.dumps(asdict(self))
+
+
+def thin(setting: Setting, folder: Path) -> int:
     """One rank."""
     from mpi4py import MPI
 
+    from gala_mpi.gossip import courier as couriers
     from gala_mpi.gossip.courier import Courier
     from gala_mpi.gossip.gossip import Gossip
     from gala_mpi.gossip.mixing import GAMMA
     from gala_mpi.mpi.waiting import wait_until
     from gala_mpi.train.board import Board
 
-    comm, folder = MPI.COMM_WORLD, args.folder
-    rng = np.random.default_rng([args.seed, comm.rank])
-    values = np.zeros(2 * args.parameters + 1, np.float32)
+    comm, parameters, timeout_s = MPI.COMM_WORLD, setting.parameters, setting.timeout_s
+    couriers.SLEEP_S = courier_rest_s(comm.size)
+    rng = np.random.default_rng([setting.seed, comm.rank])
+    values = np.zeros(2 * parameters + 1, np.float32)
     kept = np.ones_like(values)
-    kept[args.parameters : -1] = np.sqrt(GAMMA)
+    kept[parameters:-1] = np.sqrt(GAMMA)
     courier = Courier(comm)
-    board = Board(comm, courier, args.timeout_s)
+    board = Board(comm, courier, timeout_s)
     gossip = Gossip(
-        values, comm, args.topology, neighbour_timeout_s=args.timeout_s, delivery=courier,
+        values, comm, setting.topology, neighbour_timeout_s=timeout_s, delivery=courier,
         while_waiting=board.come_by, roster=board.roster,
     )  # fmt: skip
     told: set[str] = set()
     update, first_mix_s, looked_at_s = 0, None, 0.0
+    saving = Saving(folder, comm.rank, comm.size, setting.checkpoint_every_s)
+    mixing_updates = stale_sum = stale_most = 0
 
     def tell(name: str, facts: dict[str, Any]) -> None:
         scratch = folder / f".{name}-{comm.rank}"
         scratch.write_text(json.dumps(facts))
         scratch.rename(folder / f"{name}-{comm.rank}.json")
 
-    tell("pid", {"pid": os.getpid(), "time_s": time.time(), "topology": gossip.topology.name})
+    about = {"pid": os.getpid(), "time_s": time.time(), "topology": gossip.topology.name}
+    tell("pid", {**about, "process_s": time.process_time()})
     while "stop" not in told:
-        time.sleep(rng.uniform(0.5, 1.5) * args.update_s)
+        sleep_s = rng.uniform(0.5, 1.5) * setting.update_s
+        time.sleep(setting.straggling.one(sleep_s, comm.rank == comm.size - 1, rng))
         values *= kept
-        values[:-1] += rng.standard_normal(2 * args.parameters, np.float32)
+        values[:-1] += rng.standard_normal(2 * parameters, np.float32)
         values[-1] += 1.0
         update += 1
         gossip.step(update)
-        board.report(update, update, gossip.counters.staleness)
+        # In place of steps the time, which tells how old news is.
+        board.report(int(1e3 * time.time()), update, gossip.counters.staleness)
+        stale = gossip.counters.staleness
+        mixing_updates, stale_sum, stale_most = mixing_updates + (not stale), stale_sum + stale, max(stale_most, stale)
+        saving.save_if_due(values, update)
         if first_mix_s is None and gossip.counters.messages_mixed:
             first_mix_s = time.time()
         if time.monotonic() - looked_at_s < LOOK_EVERY_S:
@@ -99,6 +146,14 @@ def thin(args: argparse.Namespace) -> int:
             facts = {"update": update, "mixed": counters.messages_mixed, "sent": counters.messages_sent}
             facts |= {"first_mix_s": first_mix_s, "lost": len(board.lost), "exchange_s": counters.exchange_s}
             facts |= {"in_neighbours": len(gossip.in_neighbours), "detour": gossip.detour, **memory()}
+            facts |= {"mixing_updates": mixing_updates, "stale_sum": stale_sum, "stale_most": stale_most}
+            facts |= {
+                "peers": len(courier._peers),
+                "learner_s": time.thread_time(),
+                "process_s": time.process_time(),
+                "time_s": time.time(),
+            }
+            facts |= {**saving.counts, **ages(board.roster.rows[:, AGENT_STEPS], comm.rank)}
             np.save(folder / f"{path.name}-{comm.rank}.npy", values)
             tell(path.name, facts)
     board.finish()
@@ -108,7 +163,7 @@ def thin(args: argparse.Namespace) -> int:
         board.come_by()
         return board.all_done
 
-    wait_until(done, 10 * args.timeout_s)
+    wait_until(done, 10 * timeout_s)
     tell("end", {"code": LOST if board.lost else 0})
     if board.lost:
         # What is collective does not end any more, as in training.
@@ -121,11 +176,53 @@ def thin(args: argparse.Namespace) -> int:
         board.come_by()
         return bool(met.Test())
 
-    wait_until(together, 10 * args.timeout_s)
+    wait_until(together, 10 * timeout_s)
     courier.free()
     gossip.free()
     board.free()
     return 0
+
+
+def courier_rest_s(ranks: int) -> float:
+    """Between two looks of a courier: so that those of all ranks look 5,000 times a second at most."""
+    return max(0.002, ranks / 5000)
+
+
+def ages(told_ms: np.ndarray, mine: int) -> dict[str, float]:
+    """How old the news is that a rank has of the others, in seconds, and of how many it has none."""
+    theirs = np.delete(told_ms, mine)
+    found = time.time() - theirs[theirs > 0] / 1e3
+    return {
+        "news_mean_s": float(found.mean()) if found.size else 0.0,
+        "news_oldest_s": float(found.max(initial=0.0)),
+        "never_heard": int((theirs == 0).sum()),
+    }
+
+
+class Saving:
+    """A rank's checkpoints, of which nothing is kept but the last."""
+
+    def __init__(self, folder: Path, rank: int, size: int, every_s: float) -> None:
+        self._every_s, self._phase, self._rank, self._size = every_s, rank / size, rank, size
+        self.counts = {"checkpoints": 0, "checkpoint_s": 0.0}
+        if self._every_s:
+            self._due_s = next_turn_s(time.time(), self._every_s, self._phase)
+            self._folder = CheckpointFolder(folder, rank)
+
+    def save_if_due(self, values: np.ndarray, update: int) -> None:
+        """The parameters and as much again, if it is this rank's turn."""
+        if not self._every_s or time.time() < self._due_s:
+            return
+        begin = time.perf_counter()
+        facts = Facts(
+            run_id="thin", segment=0, rank=self._rank, size=self._size, update=update, agent_steps=update,
+            total_steps=update, episodes=0, time_s=0.0, best_return=0.0, recent=[], counters={}, seconds={},
+            neighbours={}, config={},
+        )  # fmt: skip
+        self._folder.save({"parameters.all": values, "optimiser.all": values}, facts, best=False)
+        self._due_s = next_turn_s(time.time(), self._every_s, self._phase)
+        self.counts["checkpoints"] += 1
+        self.counts["checkpoint_s"] += time.perf_counter() - begin
 
 
 def memory() -> dict[str, int]:
@@ -167,8 +264,8 @@ class Seen:
 class Job:
     """Thin ranks under mpirun, as this script sees them."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self._args, self._folder, self._orders = args, folder, 0
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self._setting, self._folder, self._orders = setting, folder, 0
         (folder / ORDERS).mkdir()
         self.dead: set[int] = set()
         beside = Path(sys.executable).parent / "mpirun"
@@ -179,10 +276,16 @@ class Job:
         self._open_mpi = "Open MPI" in about or "OpenRTE" in about
         options = ["--oversubscribe", "--enable-recovery"] if self._open_mpi else ["-disable-auto-cleanup"]
         outlive = Path(__file__).resolve().parent.parent / "jobs" / "outlive.sh"
-        command = [launcher, *options, "-n", str(args.ranks)]
+        command = [launcher, *options, "-n", str(setting.ranks)]
         command += [] if self._open_mpi else ["sh", str(outlive)]
-        command += [sys.executable, __file__, "--thin", "--folder", str(folder), *passed_on(args)]
+        command += [sys.executable, __file__, "--thin", setting.to_json(), "--folder", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        if setting.nodes > 1:
+            if self._open_mpi or setting.ranks % setting.nodes:
+                sys.exit(f"{setting.nodes} nodes: they take MPICH, and ranks in a number that they divide")
+            environment |= {"MPIR_CVAR_NUM_CLIQUES": str(setting.nodes), "MPIR_CVAR_CLIQUES_BY_BLOCK": "1"}
+            # By TCP, as between hosts. UCX ends a rank that has a message under way to one that dies.
+            environment |= {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
         self.begun_s = time.time()
         self.process = subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -196,11 +299,12 @@ class Job:
                 rank = int(path.stem.rsplit("-", 1)[1])
                 if rank not in found and rank not in self.dead:
                     found[rank] = json.loads(path.read_text())
-            if len(found) == self._args.ranks - len(self.dead):
+            if len(found) == self._setting.ranks - len(self.dead):
                 return found
             if ended:
                 self.end()
-                sys.exit(f"{name}: {len(found)} of {self._args.ranks - len(self.dead)} ranks within {deadline_s:g} s")
+                living = self._setting.ranks - len(self.dead)
+                sys.exit(f"{name}: {len(found)} of {living} ranks within {deadline_s:g} s")
             time.sleep(0.2)
 
     def order(self, what: str, deadline_s: float) -> Seen:
@@ -212,12 +316,18 @@ class Job:
         vectors = [np.load(self._folder / f"{name}-{rank}.npy") for rank in facts]
         return Seen(facts, np.array(vectors, float))
 
-    def kill(self, number: int, pids: dict[int, int]) -> None:
-        """Kill so many ranks in a row, from a quarter of those that live on."""
+    def kill(self, what: int | str, pids: dict[int, int]) -> int:
+        """Kill so many ranks in a row, from a quarter of those that live on, or the last node; how many those are."""
         living = sorted(pids.keys() - self.dead)
-        for rank in living[len(living) // 4 :][:number]:
+        per_node = self._setting.ranks // self._setting.nodes
+        first, number = (
+            (living[-1] // per_node * per_node, per_node) if what == NODE else (living[len(living) // 4], what)
+        )
+        doomed = [rank for rank in living if rank >= first][: int(number)]
+        for rank in doomed:
             os.kill(pids[rank], signal.SIGKILL)
             self.dead.add(rank)
+        return len(doomed)
 
     def stop(self, deadline_s: float) -> tuple[set[int], int]:
         """Have the ranks end by themselves: the codes that they tell, and the launcher's."""
@@ -232,17 +342,16 @@ class Job:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def passed_on(args: argparse.Namespace) -> list[str]:
-    """Arguments that ranks need too."""
-    names = ("parameters", "topology", "update_s", "timeout_s", "seed")
-    return [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+def killed(text: str) -> int | str:
+    """What --kill takes."""
+    return text if text == NODE else int(text)
 
 
 @contextlib.contextmanager
-def running(args: argparse.Namespace) -> Iterator[Job]:
+def running(setting: Setting) -> Iterator[Job]:
     """A job, of which nothing is left behind."""
     with tempfile.TemporaryDirectory() as scratch:
-        job = Job(args, Path(scratch))
+        job = Job(setting, Path(scratch))
         try:
             yield job
         finally:
@@ -261,8 +370,8 @@ def observe(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     start_s = max(facts["time_s"] for facts in started.values()) - job.begun_s
     print(f"{args.ranks} ranks, {started[0]['topology']}: all have started within {start_s:.1f} s", flush=True)
     acts: list[dict[str, Any]] = []
-    for number in (0, *args.kill):
-        job.kill(number, pids)
+    for what in (0, *args.kill):
+        number = job.kill(what, pids)
         # Until all that live know of all that do not, and have gone on from there.
         end = time.monotonic() + args.deadline_s
         while True:
@@ -278,7 +387,7 @@ def observe(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     # Of the codes of all ranks, killed ones among them, launchers make one each in their way.
     codes, _ = job.stop(args.deadline_s)
     first_mix_s = max(f["first_mix_s"] for f in facts.values()) - job.begun_s
-    about = {"ranks": args.ranks, "topology": started[0]["topology"], "start_s": round(start_s, 1)}
+    about = {"ranks": args.ranks, "nodes": args.nodes, "topology": started[0]["topology"], "start_s": round(start_s, 1)}
     return {**about, "first_mix_of_all_s": round(first_mix_s, 1), "acts": acts, "exit_codes": sorted(codes)}
 
 
@@ -303,25 +412,32 @@ def act(killed: int, facts: dict[int, dict[str, Any]], distances: list[float]) -
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=32)
+    usual = Setting()
+    parser.add_argument("--ranks", type=int, default=usual.ranks)
+    parser.add_argument("--nodes", type=int, default=usual.nodes, help="as which MPICH takes this machine")
     parser.add_argument(
-        "--kill", type=int, action="append", default=[], help="so many more ranks, one act after another"
+        "--kill", type=killed, action="append", default=[], help=f"so many more ranks, or {NODE}: one act after another"
     )
-    parser.add_argument("--topology", default="auto")
-    parser.add_argument("--parameters", type=int, default=500, help="of each kind")
-    parser.add_argument("--update-s", type=float, default=0.5, help="mean sleep of an update")
-    parser.add_argument("--timeout-s", type=float, default=20.0, help="silence after which a rank is lost")
+    parser.add_argument("--topology", default=usual.topology)
+    parser.add_argument("--parameters", type=int, default=usual.parameters, help="of each kind")
+    parser.add_argument("--update-s", type=float, default=usual.update_s, help="mean sleep of an update")
+    parser.add_argument("--checkpoint-every-s", type=float, default=usual.checkpoint_every_s, help="0: none")
+    parser.add_argument("--timeout-s", type=float, default=usual.timeout_s, help="silence after which a rank is lost")
     parser.add_argument("--settle-s", type=float, default=20.0, help="between acts, before distances are taken")
     parser.add_argument("--looks", type=int, default=4, help="distances of an act, beside the last")
     parser.add_argument("--deadline-s", type=float, default=300.0, help="of whatever is waited for")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=usual.seed)
     parser.add_argument("--out", type=Path, help="JSON file of the results")
-    parser.add_argument("--thin", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--thin", type=Setting.from_json, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.thin:
-        return thin(args)
-    with running(args) as job:
+    if args.thin is not None:
+        return thin(args.thin, args.folder)
+    setting = Setting(
+        args.ranks, args.nodes, args.topology, args.parameters, args.update_s, args.timeout_s, args.checkpoint_every_s,
+        seed=args.seed,
+    )  # fmt: skip
+    with running(setting) as job:
         found = observe(job, args)
     print(json.dumps({key: value for key, value in found.items() if key != "acts"}), flush=True)
     if args.out is not None:

@@ -42,7 +42,8 @@ from gala_mpi.gossip.given import WIRES, given_to_gossip, share_parameters
 from gala_mpi.gossip.mailbox import About, Delivery, Message
 from gala_mpi.gossip.mailboxes import Mailboxes
 from gala_mpi.gossip.neighbours import InNeighbour, InNeighbours, Taken
-from gala_mpi.gossip.roster import SHORTEST_ROUND_S, Roster
+from gala_mpi.gossip.news import SHORTEST_ROUND_S
+from gala_mpi.gossip.roster import Roster
 from gala_mpi.gossip.shared_topology import told_by_rank_0
 from gala_mpi.gossip.survivors import Survivors
 from gala_mpi.gossip.topology import PLACED, Topology, make_topology

@@ -50,8 +50,9 @@ import numpy.typing as npt
 from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.mailbox import lay_out
 from gala_mpi.gossip.mailboxes import Mailboxes
+from gala_mpi.gossip.news import HEIRS, ROW_BYTES, ROW_WORDS, Heirs, round_s
 from gala_mpi.gossip.patience import Patience
-from gala_mpi.gossip.shared_rows import BEAT, FLAGS, ROW_BYTES, ROW_WORDS, Rows, SharedRows, merge, shared_bytes
+from gala_mpi.gossip.shared_rows import BEAT, FLAGS, Rows, SharedRows, merge, shared_bytes
 from gala_mpi.mpi.room import ask_for_room
 from gala_mpi.mpi.window import PAGE_BYTES, Window
 
@@ -59,9 +60,6 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 FINISHED = 1
-HEIRS = 2
-SHORTEST_ROUND_S = 0.05
-BYTES_PER_S = 2**18
 log = logging.getLogger(__name__)
 
 
@@ -198,12 +196,6 @@ class Roster:
         self._window.free()
 
 
-def round_s(size: int, neighbours: int, timeout_s: float) -> float:
-    """Seconds between two messages of a node of `size` ranks in all, see above."""
-    frugal_s, prompt_s = size * ROW_BYTES / BYTES_PER_S, timeout_s / (4 * max(neighbours, 1))
-    return max(SHORTEST_ROUND_S, min(frugal_s, prompt_s))
-
-
 def roster_bytes(rank: int, leaders: Sequence[int]) -> int:
     """Size of the windows that a rank's roster needs, in bytes; with a courier those of mailboxes are a third of it.
 
@@ -213,39 +205,3 @@ def roster_bytes(rank: int, leaders: Sequence[int]) -> int:
     here, sources = heirs.node_of(rank), heirs.in_neighbours(rank)
     mailboxes = lay_out([size * ROW_BYTES] * len(sources))[1] if sources else 0
     return shared_bytes(here.index(rank), len(here), size, HEIRS) + mailboxes
-
-
-class Heirs:
-    """The graph of messages: heirs send to all heirs of their node's neighbours, and nobody else sends. Local.
-
-    Neighbours are the nodes 1, 2, 4, ... further on, and further back: the survivors of a dead node still meet.
-    `leaders` has the lowest rank of each rank's node.
-    """
-
-    def __init__(self, leaders: Sequence[int]) -> None:
-        nodes: dict[int, list[int]] = {}
-        for rank, leader in enumerate(leaders):
-            nodes.setdefault(leader, []).append(rank)
-        self._nodes, names = list(nodes.values()), list(nodes)
-        place = {name: number for number, name in enumerate(names)}
-        self._places = [place[leader] for leader in leaders]
-
-    def node_of(self, rank: int) -> list[int]:
-        """The ranks of a rank's node, ascending."""
-        return self._nodes[self._places[rank]]
-
-    def neighbours_of(self, rank: int) -> list[list[int]]:
-        """The heirs of each node that is a neighbour of the rank's own."""
-        place, count = self._places[rank], len(self._nodes)
-        steps = [1 << bit for bit in range((count - 1).bit_length())]
-        places = sorted({(place + sign * step) % count for step in steps for sign in (-1, 1)})
-        return [self._nodes[other][:HEIRS] for other in places]
-
-    def in_neighbours(self, rank: int) -> list[int]:
-        """Ranks that send to `rank`, ascending."""
-        if rank not in self.node_of(rank)[:HEIRS]:
-            return []
-        return sorted(heir for heirs in self.neighbours_of(rank) for heir in heirs)
-
-    # Each sends to those that it hears from.
-    out_neighbours = in_neighbours

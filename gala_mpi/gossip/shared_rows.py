@@ -33,10 +33,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gala_mpi.mpi.window import WORD_BYTES, Window
+from gala_mpi.gossip.news import ROW_BYTES, ROW_WORDS
+from gala_mpi.mpi.window import Window
 
-ROW_WORDS = 8
-ROW_BYTES = ROW_WORDS * WORD_BYTES
 BEAT, FLAGS = 0, 1
 
 Rows = npt.NDArray[np.int64]

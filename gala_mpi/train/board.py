@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gala_mpi.gossip.courier import Courier
+from gala_mpi.gossip.news import ROW_BYTES
 from gala_mpi.gossip.roster import FINISHED, Roster
-from gala_mpi.gossip.shared_rows import ROW_BYTES
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm

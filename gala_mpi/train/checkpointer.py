@@ -33,14 +33,13 @@ from gala_mpi.storage.checkpoint import (
 )
 from gala_mpi.storage.resume import Resumption
 from gala_mpi.storage.run_folder import run_id_of
+from gala_mpi.storage.turns import next_turn_s, turn_s
 
 if TYPE_CHECKING:
     from gala_mpi.gossip.exchange import Exchange
     from gala_mpi.train.board import Board
 
 PARAMETERS, OPTIMISER = "parameters.", "optimiser."
-# What a file system of a cluster takes without its other users' noticing.
-TOGETHER_BYTES_PER_S = 2e9
 # Fewer episodes do not tell which policy is the best.
 ENOUGH_EPISODES = 20
 log = logging.getLogger(__name__)
@@ -67,14 +66,6 @@ class Identity:
     rank: int
     size: int
     config: dict[str, Any]
-
-
-def turn_s(rank: int, size: int, nbytes: int, longest_s: float) -> float:
-    """Seconds to the turn of a rank where all begin to write `nbytes` each: as if one wrote after the other.
-
-    At TOGETHER_BYTES_PER_S, which a few ranks do not notice; of many ranks the last one waits `longest_s` at most.
-    """
-    return min(size * nbytes / TOGETHER_BYTES_PER_S, longest_s) * rank / size
 
 
 class Checkpointer:
@@ -107,7 +98,7 @@ class Checkpointer:
         identity = self._identity
         # Ranks in step would each wait for all the others' checkpoints: there all write at once.
         phase = 0.0 if self._parts.exchange.synchronous else identity.rank / identity.size
-        self._next_s = (math.floor(time_s / self._every_s - phase) + 1 + phase) * self._every_s
+        self._next_s = next_turn_s(time_s, self._every_s, phase)
         mean = sum(pair[1] for pair in self._recent) / max(len(self._recent), 1)
         best = len(self._recent) >= ENOUGH_EPISODES and mean > self._best_return
         parts = self._parts

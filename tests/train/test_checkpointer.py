@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from conftest import Mpi
 
-from gala_mpi.train.checkpointer import TOGETHER_BYTES_PER_S, turn_s
+from gala_mpi.storage.turns import TOGETHER_BYTES_PER_S, turn_s
 
 PONG_BYTES = 7_000_000
 # Notes each turn, without the wait, and what was written by then.
 PROGRAM = """
 import sys
 from gala_mpi import cli
+from gala_mpi.storage import turns
 from gala_mpi.train import agent, checkpointer
 turn_s, save = checkpointer.Checkpointer.turn_s, checkpointer.Checkpointer.save
-checkpointer.TOGETHER_BYTES_PER_S = 1e5
+turns.TOGETHER_BYTES_PER_S = 1e5
 def turn(self, longest_s):
     sys.stdout.write(f"rank {self._identity.rank} turn {turn_s(self, longest_s):.6f}\\n")
     return 0

@@ -21,8 +21,9 @@ from mpi4py import MPI
 
 from gala_mpi.gossip import roster as module
 from gala_mpi.gossip.courier import Courier
+from gala_mpi.gossip.news import ROW_BYTES
 from gala_mpi.gossip.roster import Roster, roster_bytes
-from gala_mpi.gossip.shared_rows import BEAT, ROW_BYTES, Rows, SharedRows
+from gala_mpi.gossip.shared_rows import BEAT, Rows, SharedRows
 from gala_mpi.mpi.waiting import wait_until
 
 PER_NODE = 3
