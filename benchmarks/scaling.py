@@ -44,6 +44,7 @@ from gala_mpi.storage.turns import TOGETHER_BYTES_PER_S
 LOOKS = 3
 COURIER_REST_S = 0.002
 CHECKPOINT_EVERY_S, PER_NODE = 300.0, 64
+COUNTED = ("update", "mixed", "sent", "mixing_updates", "stale_sum", "learner_s", "process_s", "time_s", "board_bytes")
 # Of `Board.report`, for each rank: see roster.py.
 ROW_S = 0.03e-6
 UPDATES = 400
@@ -98,17 +99,15 @@ def check(ranks: int, nodes: int, kind: Straggling, args: argparse.Namespace) ->
         if code:
             sys.exit(f"{ranks} ranks: exit code {code}")
     start_cpu_s = statistics.mean(facts["process_s"] for facts in started)
-    return {"update_s": setting.update_s, "nodes": nodes, "start_s": start_s, "start_cpu_s": start_cpu_s, **told(seen)}
+    about = {"ranks": ranks, "nodes": nodes, "update_s": setting.update_s}
+    return {**about, "start_s": start_s, "start_cpu_s": start_cpu_s, **told(seen)}
 
 
 def told(seen: list[Seen]) -> dict[str, Any]:
     """What the ranks did between the first look and the last."""
     first, last = seen[0].facts, seen[-1].facts
     ranks = sorted(last)
-    gained = {
-        name: np.array([last[rank][name] - first[rank][name] for rank in ranks], float)
-        for name in ("update", "mixed", "sent", "mixing_updates", "stale_sum", "learner_s", "process_s", "time_s")
-    }
+    gained = {name: np.array([last[rank][name] - first[rank][name] for rank in ranks], float) for name in COUNTED}
     checkpoints, checkpoint_s = (
         sum(last[rank][name] - first[rank][name] for rank in ranks) for name in ("checkpoints", "checkpoint_s")
     )
@@ -134,6 +133,8 @@ def told(seen: list[Seen]) -> dict[str, Any]:
         "courier_share": float(courier_s.mean()),
         "courier_by_peers": by_peers,
         "pss_mib": statistics.mean(facts["pss_bytes"] for facts in last.values()) / 2**20,
+        "most_pss_mib": max(facts["pss_bytes"] for facts in last.values()) / 2**20,
+        "board_bytes_per_s": float(gained["board_bytes"].sum() / gained["time_s"].mean()),
         "peers": statistics.mean(peers),
     }
 
@@ -314,7 +315,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128, 256], help="sizes of thin ranks")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 8, 8], help="nodes of each size")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 2, 8, 16], help="nodes of each size")
     parser.add_argument("--update-ms-a-rank", type=float, default=4.0, help="mean sleep of an update, for each rank")
     parser.add_argument("--before", type=int, default=10, help="updates of thin ranks before the first look")
     parser.add_argument("--counted", type=int, default=40, help="updates of thin ranks over which they look")

@@ -42,13 +42,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from simulation import FREE, Straggling
 
 from gala_mpi.storage.checkpoint import CheckpointFolder, Facts
 from gala_mpi.storage.turns import next_turn_s
+
+if TYPE_CHECKING:
+    from gala_mpi.gossip.roster import Roster
 
 LOST = 3
 # Of a row of the board, see gala_mpi.train.board.
@@ -154,6 +157,7 @@ def thin(setting: Setting, folder: Path) -> int:
                 "time_s": time.time(),
             }
             facts |= {**saving.counts, **ages(board.roster.rows[:, AGENT_STEPS], comm.rank)}
+            facts |= {"board_bytes": board_bytes(board.roster)}
             np.save(folder / f"{path.name}-{comm.rank}.npy", values)
             tell(path.name, facts)
     board.finish()
@@ -186,6 +190,12 @@ def thin(setting: Setting, folder: Path) -> int:
 def courier_rest_s(ranks: int) -> float:
     """Between two looks of a courier: so that those of all ranks look 5,000 times a second at most."""
     return max(0.002, ranks / 5000)
+
+
+def board_bytes(roster: Roster) -> int:
+    """What this rank has sent for the board to other nodes."""
+    outboxes = roster._mailboxes.outboxes.values() if roster._mailboxes is not None else ()
+    return roster.rows.nbytes * sum(outbox._number for outbox in outboxes)
 
 
 def ages(told_ms: np.ndarray, mine: int) -> dict[str, float]:

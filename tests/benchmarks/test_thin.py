@@ -73,7 +73,7 @@ def facts(update: int, time_s: float, learner_s: float, process_s: float, peers:
     own = {"update": update, "time_s": time_s, "learner_s": learner_s, "process_s": process_s, "peers": peers}
     own |= {"mixed": update, "sent": update, "mixing_updates": update // 2, "stale_sum": update // 2}
     own |= {"news_mean_s": news_s, "news_oldest_s": 2 * news_s, "pss_bytes": 2**20}
-    return own | {"checkpoints": int(time_s), "checkpoint_s": 0.02 * time_s}
+    return own | {"checkpoints": int(time_s), "checkpoint_s": 0.02 * time_s, "board_bytes": 64 * update}
 
 
 def seen(*told: dict[str, Any]) -> Seen:
@@ -89,6 +89,7 @@ def test_what_a_thin_rank_costs_and_what_follows_from_it() -> None:
     assert found["mixed_share"] == found["staleness_mean"] == 0.5 and found["messages_mixed"] == 1
     assert found["news_mean_s"] == pytest.approx(0.2) and found["news_oldest_s"] == 0.6
     assert found["update_cpu_s"] == pytest.approx(0.002)
+    assert found["board_bytes_per_s"] == 960 and found["pss_mib"] == found["most_pss_mib"] == 1
     assert found["checkpoint_s"] == pytest.approx(0.02) and found["checkpoint_share"] == pytest.approx(0.02)
     # Couriers took 3 and 7 hundredths of a core: one more of each peer, and one alone.
     assert found["courier_share"] == pytest.approx(0.05) and found["courier_by_peers"] == pytest.approx([0.01, 0.02])
