@@ -34,7 +34,7 @@ import numpy as np
 from gala_mpi import _native
 from gala_mpi.gossip import roster as module
 from gala_mpi.gossip.mailbox import HEADER
-from gala_mpi.gossip.news import HEIRS, ROW_BYTES, ROW_WORDS, Heirs, round_s
+from gala_mpi.gossip.news import ROW_BYTES, ROW_WORDS, Heirs, heirs_among, round_s
 from gala_mpi.gossip.roster import Roster, roster_bytes
 from gala_mpi.gossip.shared_rows import BEAT, FLAGS, shared_bytes
 
@@ -107,8 +107,9 @@ class Cluster:
     def __init__(self, size: int) -> None:
         self.size, self.here = size, min(PER_NODE, size)
         self.leaders = [rank - rank % PER_NODE for rank in range(size)]
+        heirs = heirs_among(self.here)
         self.parts = {
-            leader: [np.zeros(shared_bytes(k, self.here, size, HEIRS), np.uint8) for k in range(self.here)]
+            leader: [np.zeros(shared_bytes(k, self.here, size, heirs), np.uint8) for k in range(self.here)]
             for leader in sorted(set(self.leaders))
         }
         self.inboxes: dict[tuple[int, int], Inbox] = {}
@@ -152,7 +153,7 @@ def time_come_by(size: int) -> dict[str, dict[str, float]]:
     """The time of `come_by` of each kind of rank, in us."""
     cluster = Cluster(size)
     several = size > PER_NODE
-    leader, heir, ordinary = (cluster.roster(rank, delivers=False) for rank in (0, 1, 2))
+    leader, heir, ordinary = (cluster.roster(rank, delivers=False) for rank in (0, heirs_among(cluster.here)[1], 1))
     local, others = cluster.local_rows(0), np.arange(size) >= PER_NODE
     newest = np.zeros((size, ROW_WORDS), np.int64)
 

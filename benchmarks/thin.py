@@ -188,8 +188,8 @@ def thin(setting: Setting, folder: Path) -> int:
 
 
 def courier_rest_s(ranks: int) -> float:
-    """Between two looks of a courier: so that those of all ranks look 5,000 times a second at most."""
-    return max(0.002, ranks / 5000)
+    """Between two looks of a courier: if all had something to carry, they would look 25,000 times a second at most."""
+    return max(0.002, ranks / 25_000)
 
 
 def board_bytes(roster: Roster) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gala_mpi.units import spans
+
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
 
@@ -76,15 +78,3 @@ def _line(finding: Finding) -> str:
     where = f"{spans(finding.ranks)}: " if finding.ranks else ""
     fix = f"; fix: {finding.fix}" if finding.fix else ""
     return f"  {finding.status:<4}  {where}{finding.message}{fix}"
-
-
-def spans(ranks: Sequence[int]) -> str:
-    """Ranks as a reader takes them in: "rank 3", "ranks 0-31", "ranks 0-2,7"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank{'s' if len(ranks) != 1 else ''} {text}"

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # Between two looks at what is on its way. A quarter of it cost the learner 2 to 4 % of its time, and a message is some
 # 30 ms on its way at 1 Gbit/s.
 SLEEP_S = 0.002
+# The same where there is nobody to carry for, as in most ranks of `hierarchical`: until there is.
+IDLE_S = 0.05
 SETTLE_S = 10.0
 log = logging.getLogger(__name__)
 
@@ -195,6 +197,6 @@ class Courier:
                 for peer in self._peers.values():
                     peer.carry()
                 self._never.Test()
-                time.sleep(SLEEP_S)
+                time.sleep(SLEEP_S if self._peers else IDLE_S)
         except BaseException as error:
             self._error = error

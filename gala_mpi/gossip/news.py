@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 ROW_WORDS = 8
 ROW_BYTES = 8 * ROW_WORDS
-HEIRS = 2
+HEIRS = 3
 SHORTEST_ROUND_S = 0.05
 BYTES_PER_S = 2**18
 
@@ -18,6 +18,14 @@ def round_s(size: int, neighbours: int, timeout_s: float) -> float:
     """Seconds between two messages of a node of `size` ranks in all, see `roster`."""
     frugal_s, prompt_s = size * ROW_BYTES / BYTES_PER_S, timeout_s / (4 * max(neighbours, 1))
     return max(SHORTEST_ROUND_S, min(frugal_s, prompt_s))
+
+
+def heirs_among(ranks_here: int) -> list[int]:
+    """The numbers, on their node, of those that may lead it, in this order.
+
+    They are far from each other, as what ends several ranks of a node at once mostly ends neighbours.
+    """
+    return sorted({number * ranks_here // HEIRS for number in range(HEIRS)})
 
 
 class Heirs:
@@ -44,11 +52,15 @@ class Heirs:
         place, count = self._places[rank], len(self._nodes)
         steps = [1 << bit for bit in range((count - 1).bit_length())]
         places = sorted({(place + sign * step) % count for step in steps for sign in (-1, 1)})
-        return [self._nodes[other][:HEIRS] for other in places]
+        return [self._heirs_of(other) for other in places]
+
+    def _heirs_of(self, place: int) -> list[int]:
+        ranks = self._nodes[place]
+        return [ranks[number] for number in heirs_among(len(ranks))]
 
     def in_neighbours(self, rank: int) -> list[int]:
         """Ranks that send to `rank`, ascending."""
-        if rank not in self.node_of(rank)[:HEIRS]:
+        if rank not in self._heirs_of(self._places[rank]):
             return []
         return sorted(heir for heirs in self.neighbours_of(rank) for heir in heirs)
 

@@ -11,12 +11,12 @@ Inside a node rows lie in memory that its ranks share (`shared_rows`). Between n
     row, copies of a node       see `shared_rows`                    all ranks of the node
     mailbox from another node   the leader there, see `mailbox`      an heir of this node
 
-The first two ranks of a node are its heirs, and each has a mailbox from each heir of each neighbouring node, over an
+Three ranks of a node are its heirs (`news`), and each has a mailbox from each heir of each neighbouring node, over an
 exponential graph of nodes in both directions. The leader is the lowest heir that does not waver, that is, was not
 silent for a quarter of the timeout. It alone sends, and in each round all rows to one of its neighbours, in turn:
-there to the lowest heir that does not waver, or to both if both do. Heirs take what comes whether they lead or not. So
+there to the lowest heir that does not waver, or to all if all do. Heirs take what comes whether they lead or not. So
 a leader's death stops its node's news for a quarter of the timeout, not long enough for anybody else to be lost; that
-two lead at once (each sees the other as it was) does no harm, see `shared_rows`. Ranks of a node that has lost both
+two lead at once (each sees the other as it was) does no harm, see `shared_rows`. Ranks of a node that has lost all
 heirs, and those elsewhere, are lost to each other.
 
 Why all rows: those of all live ranks change between two messages, so changes alone would save nothing, and a mailbox
@@ -27,8 +27,8 @@ Growth with N ranks on M nodes. A row has 64 bytes, and a node d neighbours, 2 l
 
     bytes a second that a node sends   64 N / round: at most 256 KiB, as a round takes longer the more ranks there are
     a round                            0.05 s up to 204 ranks, 0.25 s at 1,024, 1 s at 4,096
-    memory of an heir                  messages of 64 N: 2 d in windows (6 d without a courier) and 12 d copies of
-                                       its own: 6.5 MB at 1,024 ranks on 16 nodes (d = 7)
+    memory of an heir                  messages of 64 N: 3 d in windows (9 d without a courier) and 18 d copies of
+                                       its own: 9.6 MB at 1,024 ranks on 16 nodes (d = 7)
     memory of any other rank           90 N
     time of `come_by`                  0.05 ms, and 0.03 us N where all rows are new, with cold caches, less than half
                                        with warm ones (benchmarks/roster.py). It calls MPI for fences alone, and on an
@@ -50,11 +50,12 @@ import numpy.typing as npt
 from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.mailbox import lay_out
 from gala_mpi.gossip.mailboxes import Mailboxes
-from gala_mpi.gossip.news import HEIRS, ROW_BYTES, ROW_WORDS, Heirs, round_s
+from gala_mpi.gossip.news import ROW_BYTES, ROW_WORDS, Heirs, heirs_among, round_s
 from gala_mpi.gossip.patience import Patience
 from gala_mpi.gossip.shared_rows import BEAT, FLAGS, Rows, SharedRows, merge, shared_bytes
 from gala_mpi.mpi.room import ask_for_room
 from gala_mpi.mpi.window import PAGE_BYTES, Window
+from gala_mpi.units import spans
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -83,17 +84,18 @@ class Roster:
         self._lost, self._meeting = self.gone, False
         self._patience = Patience(comm.size, timeout_s)
         number = here.index(comm.rank)
-        nbytes = shared_bytes(number, len(here), comm.size, HEIRS)
+        heirs_here = heirs_among(len(here))
+        nbytes = shared_bytes(number, len(here), comm.size, heirs_here)
         # A window has a page more than it is asked for.
         ask_for_room(comm, courier.leaders, nbytes + PAGE_BYTES)
         node = cast("Intracomm", comm.Split(courier.leaders[comm.rank], comm.rank))
         self._window = Window(node, nbytes, shared=True)
         node.Free()
-        self._shared = SharedRows(self._window, here, comm.size, HEIRS)
+        self._shared = SharedRows(self._window, here, comm.size, heirs_here)
         self._mailboxes: Mailboxes | None = None
         if self._neighbours:
             self._mailboxes = Mailboxes(comm, courier, heirs, self.rows.nbytes)
-        self._is_heir, self._heirs_before = number < HEIRS, here[: min(number, HEIRS)]
+        self._is_heir, self._heirs_before = number in heirs_here, [here[heir] for heir in heirs_here if heir < number]
         self._round_s = round_s(comm.size, len(self._neighbours), timeout_s)
         self._next, self._sent_at_s, self._told_at_s = 0, 0.0, 0.0
         # Sums of all flags now, when `gone` was found, and when they were told: as flags only rise, so do sums of them.
@@ -151,15 +153,22 @@ class Roster:
             return
         finished = self.rows[:, FLAGS] & FINISHED != 0
         lost = self._patience.exhausted() & (~finished | self._meeting)
-        for rank in np.flatnonzero(lost & ~self._lost):
-            silent_s = self._patience.timeout_s
-            log.warning("rank %d has not been heard of for %g s: the run goes on without it", rank, silent_s)
-        for rank in np.flatnonzero(self._lost & ~lost):
-            log.warning("rank %d is back in the run", rank)
+        self._tell_of(np.flatnonzero(lost & ~self._lost).tolist(), np.flatnonzero(self._lost & ~lost).tolist())
         self._settled, self._missing = self._flags, bool(lost.any())
         self._lost, gone = lost, lost | finished
         if not np.array_equal(gone, self.gone):
             self.gone, self.version = gone, self.version + 1
+
+    def _tell_of(self, missed: list[int], found: list[int]) -> None:
+        """In one line each, though a whole node may be lost at once."""
+        if missed:
+            has, them = ("has", "it") if len(missed) == 1 else ("have", "them")
+            silent_s = self._patience.timeout_s
+            log.warning(
+                "%s %s not been heard of for %g s: the run goes on without %s", spans(missed), has, silent_s, them
+            )
+        if found:
+            log.warning("%s %s back in the run", spans(found), "is" if len(found) == 1 else "are")
 
     def _leads(self) -> bool:
         """Whether this rank speaks for its node: it is an heir, and all heirs before it waver."""
@@ -204,4 +213,4 @@ def roster_bytes(rank: int, leaders: Sequence[int]) -> int:
     heirs, size = Heirs(leaders), len(leaders)
     here, sources = heirs.node_of(rank), heirs.in_neighbours(rank)
     mailboxes = lay_out([size * ROW_BYTES] * len(sources))[1] if sources else 0
-    return shared_bytes(here.index(rank), len(here), size, HEIRS) + mailboxes
+    return shared_bytes(here.index(rank), len(here), size, heirs_among(len(here))) + mailboxes

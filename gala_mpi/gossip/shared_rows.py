@@ -1,7 +1,7 @@
 """What the ranks of a node know of all ranks, in memory that they share: no message passes inside a node.
 
 Each rank has a row of eight words of 8 bytes: one cache line, the first word of which is its beat. The window's first
-part holds the rows of the node's own ranks. If there are other nodes, each of the node's first ranks, its *heirs*, has
+part holds the rows of the node's own ranks. If there are other nodes, each of some ranks of the node, its *heirs*, has
 a copy of all rows in its own part, where it leaves what it hears from other nodes.
 
     word                          written by                read by
@@ -41,10 +41,13 @@ BEAT, FLAGS = 0, 1
 Rows = npt.NDArray[np.int64]
 
 
-def shared_bytes(number: int, ranks_here: int, size: int, heirs: int) -> int:
-    """What a rank's part of the window needs: it is the rank of that number on its node, of `ranks_here`."""
+def shared_bytes(number: int, ranks_here: int, size: int, heirs: Sequence[int]) -> int:
+    """What a rank's part of the window needs: it is the rank of that number on its node, of `ranks_here`.
+
+    `heirs` are the numbers of those that have a copy.
+    """
     rows = ROW_BYTES * ranks_here
-    if ranks_here == size or number >= heirs:
+    if ranks_here == size or number not in heirs:
         return rows if number == 0 else 0
     return rows + ROW_BYTES + ROW_BYTES * size
 
@@ -62,12 +65,12 @@ class SharedRows:
     Local, all of it. The window stays the caller's; nothing is to be called once it is freed.
     """
 
-    def __init__(self, window: Window, here: Sequence[int], size: int, heirs: int) -> None:
+    def __init__(self, window: Window, here: Sequence[int], size: int, heirs: Sequence[int]) -> None:
         self._window, self._here = window, np.array(here)
         self._local = _rows(window, 0, 0, len(here))
         # Here lies the version of a copy; the copy begins a cache line further on.
         self._version_at = ROW_BYTES * len(here)
-        with_copies = range(min(heirs, len(here)) if len(here) < size else 0)
+        with_copies = heirs if len(here) < size else ()
         self._copies = {h: _rows(window, h, self._version_at + ROW_BYTES, size) for h in with_copies}
         self._seen = dict.fromkeys(self._copies, 0)
 

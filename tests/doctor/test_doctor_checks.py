@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from gala_mpi.doctor import command as doctor
 from gala_mpi.doctor import devices, examination, libraries, links, placement, storage, verdicts
-from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding, as_json, as_text, failed, merge, spans
+from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding, as_json, as_text, failed, merge
 from gala_mpi.mpi.library import family as family_of
 from gala_mpi.mpi.room import Room
-from gala_mpi.units import in_units
+from gala_mpi.units import in_units, spans
 
 MPICH, OPENMPI = "MPICH Version: 5.0.2", "Open MPI v5.0.11, package: ..."
 SRUN = libraries.Launch("srun", 4, 0)
