@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scaling import launcher, read
+from held_up import launcher, read
 
 QUERIED = "utilization.gpu,memory.used,power.draw"
 

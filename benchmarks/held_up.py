@@ -71,7 +71,7 @@ SIMULATED_UPDATES = 400
 @dataclass(frozen=True)
 class Run:
     """What one run gave, for each rank: agent steps a second; of its updates the numbers and the seconds; and the
-    seconds of the first checkpoint.
+    seconds of the first checkpoint, which it writes in its turn.
     """
 
     speeds: list[float]
@@ -116,7 +116,7 @@ def read(path: Path) -> tuple[float, list[int], list[float], list[float], float]
     """What a `Run` has of one rank."""
     with h5py.File(path, "r", locking=False) as file:
         updates, profile = file["updates"][:], file["profile"][:]
-    times = updates["time_s"]
+    times, checkpoint_s = updates["time_s"], float(profile["checkpoint_s"][0])
     inside = (times > times[-1] / 4) & (times < times[-1] - 1)
     updates, profile, times = updates[inside], profile[inside], times[inside]
     if len(times) < 3:
@@ -130,7 +130,7 @@ def read(path: Path) -> tuple[float, list[int], list[float], list[float], float]
         updates["update"][1:].tolist(),
         compute.tolist(),
         exchange.tolist(),
-        float(profile["checkpoint_s"][-1]),
+        checkpoint_s,
     )
 
 

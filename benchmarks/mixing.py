@@ -10,7 +10,8 @@ times. Where every rank takes noise of the same size at each update:
     progress    what is left of a step that all ranks take at each update
     messages    sent by a rank at an update, in the mean; bytes are those of Pong's network in float32
 
-`hierarchical` runs on nodes of 16 ranks, as which MPICH takes this machine; all others on one.
+`hierarchical` runs on nodes of 16 ranks, as which MPICH takes this machine, so it needs MPICH and whole nodes; all
+others run on one node.
 
 The same figures, in step computed and out of step simulated, are those of topologies.py. There are more ranks than
 cores, so that ranks come and go as the system lets them: out of step, but sleeping for most of an update.
@@ -123,6 +124,9 @@ def main() -> None:
     print("| ranks | topology | consensus distance | effective neighbours | in step | progress | messages | mixed |")
     for size in args.sizes:
         for name in args.topologies:
+            if size % nodes(name, size):
+                print(f"{name}: not over {size} ranks, which are no whole nodes", file=sys.stderr)
+                continue
             try:
                 placed(name, size)
             except ConfigError as error:

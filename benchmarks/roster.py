@@ -43,7 +43,7 @@ TIMEOUT_S = 60.0
 SIZES = (16, 64, 256, 1_024, 4_096)
 REPEATS = 400
 WARM_UP_S, AGES_OVER_S = 60.0, 10.0
-# Pong by the preset gala-atari: trained parameters, and the update of a rank on one core (benchmarks/scaling.py).
+# Pong by the preset gala-atari: trained parameters, and the update of a rank on one core (benchmarks/held_up.py).
 PARAMETERS = 866_439
 UPDATE_S = 0.0704
 STOP = 2
@@ -158,7 +158,7 @@ def time_come_by(size: int) -> dict[str, dict[str, float]]:
     newest = np.zeros((size, ROW_WORDS), np.int64)
 
     def all_write() -> None:
-        local[3:, BEAT] += 1
+        local[2:, BEAT] += 1
 
     def all_is_new_to_an_ordinary_rank() -> None:
         all_write()

@@ -5,15 +5,16 @@
 Checked: thin ranks (see thin.py) on this machine, taken for several nodes, with the real exchange, board, couriers and
 checkpoints; each size free, with the last rank at half speed, and with every rank pausing now and then. All ranks share
 the few cores. The simulation (see simulation.py) gets what one rank costs from the free runs of the two smallest sizes:
-the core's time of an update, of a look of the courier and of one more peer, of a checkpoint, and of a start, each with
-its growth from the one size to the other. It is then to foretell all other runs; the error is printed.
+of the cores' time, an update and a start, with their growth from the one size to the other, and a courier's look, with
+and without a peer; and the time of a checkpoint. It is then to foretell all other runs; the error is printed. Runs that
+the output file has are not made again.
 
 Simulated: ranks of a cluster, on a core each, 64 on a node, with a link of `--gbit-per-s` and `--latency-us` each.
 Times of updates are drawn from those of two ranks that play Pong here (one on each core), and so is what a checkpoint
 costs them, and an exchange over the network, with courier and board. To that comes what grows with the ranks: the
 board's rows, the couriers' peers, checkpoints at once under all-reduce, and the start. Once with all times, and once
 without the longest hundredth: of a thousand ranks one always draws the longest, and an all-reduce waits for it. What a
-start takes of a shared file system is not in it.
+start takes of a shared file system is not in it, and couriers' time is spread evenly, though heirs have most peers.
 
 Needs MPICH: mpirun of the environment that runs it, beside its Python or on the PATH.
 """
@@ -42,7 +43,8 @@ from gala_mpi.storage.turns import TOGETHER_BYTES_PER_S
 
 # Couriers look at a message when it waits, when it has arrived, and when it is answered.
 LOOKS = 3
-COURIER_REST_S = 0.002
+# SLEEP_S and IDLE_S of gala_mpi.gossip.courier, which is not imported, as that starts MPI.
+COURIER_REST_S, IDLE_REST_S = 0.002, 0.05
 CHECKPOINT_EVERY_S, PER_NODE = 300.0, 64
 COUNTED = ("update", "mixed", "sent", "mixing_updates", "stale_sum", "learner_s", "process_s", "time_s", "board_bytes")
 # Of `Board.report`, for each rank: see roster.py.
@@ -58,7 +60,7 @@ class Costs:
     update_s: float
     update_growth_s: float
     look_s: float
-    """Of a courier without peers."""
+    """Of a courier, without its peers."""
     peer_s: float
     checkpoint_s: float
     start_s: float
@@ -100,7 +102,11 @@ def check(ranks: int, nodes: int, kind: Straggling, args: argparse.Namespace) ->
             sys.exit(f"{ranks} ranks: exit code {code}")
     start_cpu_s = statistics.mean(facts["process_s"] for facts in started)
     about = {"ranks": ranks, "nodes": nodes, "update_s": setting.update_s}
-    return {**about, "start_s": start_s, "start_cpu_s": start_cpu_s, **told(seen)}
+    found = told(seen)
+    return {
+        **about, "start_s": start_s, "start_cpu_s": start_cpu_s, **found,
+        "board_bytes_per_s": found["board_bytes_per_s"] / nodes,
+    }  # fmt: skip
 
 
 def told(seen: list[Seen]) -> dict[str, Any]:
@@ -115,9 +121,12 @@ def told(seen: list[Seen]) -> dict[str, Any]:
     speeds = gained["update"] / gained["time_s"]
     courier_s = (gained["process_s"] - gained["learner_s"]) / gained["time_s"]
     every = [facts for one in seen for facts in one.facts.values()]
-    peers = [last[rank]["peers"] for rank in ranks]
-    # Least squares over the ranks: of a courier without peers, and of one peer.
-    by_peers = np.polyfit(peers, courier_s, 1).tolist()[::-1] if len(set(peers)) > 1 else [float(courier_s.mean()), 0.0]
+    peers = np.array([last[rank]["peers"] for rank in ranks])
+    # Least squares over the ranks that have any: of a courier, and of one peer.
+    some = peers > 0
+    by_peers = [float(courier_s[some].mean()) if some.any() else 0.0, 0.0]
+    if len(set(peers[some])) > 1:
+        by_peers = np.polyfit(peers[some], courier_s[some], 1).tolist()[::-1]
     return {
         "updates_per_s": float(speeds.sum()),
         "others_per_s": float(speeds[:-1].sum()),
@@ -132,10 +141,11 @@ def told(seen: list[Seen]) -> dict[str, Any]:
         "update_cpu_s": float(gained["learner_s"].sum() / updates),
         "courier_share": float(courier_s.mean()),
         "courier_by_peers": by_peers,
+        "with_peers": float(some.mean()),
         "pss_mib": statistics.mean(facts["pss_bytes"] for facts in last.values()) / 2**20,
         "most_pss_mib": max(facts["pss_bytes"] for facts in last.values()) / 2**20,
         "board_bytes_per_s": float(gained["board_bytes"].sum() / gained["time_s"].mean()),
-        "peers": statistics.mean(peers),
+        "peers": float(peers.mean()),
     }
 
 
@@ -168,7 +178,11 @@ def foretell(
         ranks // one["nodes"],
         message_s=LOOKS * rest_s,
         news_s=LOOKS * rest_s,
-        courier_share=(cost.look_s + one["peers"] * cost.peer_s) / rest_s,
+        courier_share=(
+            one["with_peers"] * cost.look_s / rest_s
+            + (1 - one["with_peers"]) * cost.look_s / IDLE_REST_S
+            + one["peers"] * cost.peer_s / rest_s
+        ),
         cores=cores,
         # All that it takes is taken by one rank at a time, as they share a disk and cores.
         checkpoints=Checkpoints(args.checkpoint_every * one["update_s"], cost.checkpoint_s, cost.checkpoint_s),
@@ -201,7 +215,6 @@ COMPARED = {
     "messages_mixed": "mixed",
     "staleness_mean": "staleness",
     "news_mean_s": "news, s",
-    "news_oldest_s": "oldest, s",
     "courier_share": "couriers",
     "checkpoint_share": "checkpoints",
 }
@@ -211,11 +224,13 @@ def checked(args: argparse.Namespace) -> tuple[dict[str, Any], Costs]:
     """All sizes, measured and foretold; prints a line for each of both."""
     cores = len(os.sched_getaffinity(0))
     print(f"thin ranks on {cores} cores, measured and foretold\n ranks  kind        " + "  ".join(COMPARED.values()))
-    found: dict[str, dict[str, Any]] = {}
+    found = made_before(args)
     nodes = dict(zip(args.ranks, args.nodes, strict=True))
     for ranks in args.ranks:
         for name, kind in kinds(sleep_s(ranks, args), args).items():
-            found[f"{ranks}, {name}"] = {"measured": check(ranks, nodes[ranks], kind, args)}
+            if f"{ranks}, {name}" not in found:
+                found[f"{ranks}, {name}"] = {"measured": check(ranks, nodes[ranks], kind, args)}
+                write(args, {"checked": found})
             print(f"{ranks:6,}  {name:<10}  {line(found[f'{ranks}, {name}']['measured'])}", flush=True)
     sizes = (args.ranks[0], args.ranks[1])
     cost = costs(*(found[f"{size}, free"]["measured"] for size in sizes), sizes, cores)
@@ -223,10 +238,43 @@ def checked(args: argparse.Namespace) -> tuple[dict[str, Any], Costs]:
     for ranks in args.ranks:
         for name, kind in kinds(sleep_s(ranks, args), args).items():
             one = found[f"{ranks}, {name}"]
-            one["foretold"] = foretell(ranks, one["measured"], kind, cost, args)
+            try:
+                one["foretold"] = foretell(ranks, one["measured"], kind, cost, args)
+            except ValueError as error:
+                one["foretold"] = None
+                print(f"{ranks:6,}  {name:<10}  {error}")
+                continue
             fitted = name == "free" and ranks in sizes
             print(f"{ranks:6,}  {name:<10}  {line(one['foretold'], one['measured'])}{' (fitted)' * fitted}", flush=True)
     return found, cost
+
+
+# What runs of one file have in common.
+COMMON = (
+    "update_ms_a_rank", "before", "counted", "checkpoint_every", "timeout_s", "slow", "pause_updates", "pause_share"
+)  # fmt: skip
+
+
+def made_before(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The runs of thin ranks that the output file has."""
+    if args.out is None or not args.out.exists():
+        return {}
+    before = json.loads(args.out.read_text())
+    if "checked" not in before or any(before["settings"][name] != vars(args)[name] for name in COMMON):
+        sys.exit(f"{args.out}: was made by other settings")
+    nodes = dict(zip(args.ranks, args.nodes, strict=True))
+    runs = before["checked"].items()
+    return {name: run for name, run in runs if nodes.get(run["measured"]["ranks"]) == run["measured"]["nodes"]}
+
+
+def write(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """The results, in place of what the output file had."""
+    if args.out is not None:
+        about = {"machine": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
+        settings = {**vars(args), "out": None, **about}
+        scratch = args.out.with_suffix(".tmp")
+        scratch.write_text(json.dumps({"settings": settings, **results}, indent=1) + "\n")
+        scratch.rename(args.out)
 
 
 def line(values: dict[str, Any], beside: dict[str, Any] | None = None) -> str:
@@ -254,8 +302,8 @@ def simulate(
     print(
         f"\n{len(measured):,} updates: {middle * 1e3:.1f} ms (median), {nearly_all * 1e3:.1f} (99 of 100), "
         f"{measured.max() * 1e3:.1f} (longest); an exchange in the background costs {exchange_s * 1e3:.2f} ms\n"
-        " ranks  exchange   straggling    steps/s  of ideal   mixed  staleness, most  news, s  oldest  board, Mbit/s  "
-        "couriers  checkpoints  start, s"
+        " ranks  exchange   straggling    steps/s  of ideal  checkpoints  start, s   mixed  staleness, most  news, s  "
+        "oldest  board, Mbit/s  couriers"
     )
     begun = {"updates": len(measured), "median_s": middle, "p99_s": nearly_all, "longest_s": measured.max()}
     begun |= {"exchange_s": exchange_s, "start_s": args.start_s, "checkpoint_s": alone_s}
@@ -290,16 +338,21 @@ def simulate(
                 total = float(outcome.updates_per_s.sum())
                 entry = {"ranks": ranks, "exchange": exchange, "straggling": name, "topology": topology.name}
                 entry |= {"efficiency": total / ranks * computing.mean(), "steps_per_s": total * steps}
-                entry |= told_of(outcome) | {"peers": statistics.mean(peers), "most_peers": max(peers)}
-                entry |= {"courier_share": cluster.courier_share}
-                entry |= {"board_bytes_per_s": board_bytes, "start_s": args.start_s + ranks * cost.start_growth_s}
+                entry |= {"checkpoint_share": outcome.checkpoint_share}
+                entry |= {"start_s": args.start_s + ranks * cost.start_growth_s}
+                said = ""
+                if exchange == "gossip":
+                    entry |= told_of(outcome) | {"peers": statistics.mean(peers), "most_peers": max(peers)}
+                    entry |= {"courier_share": cluster.courier_share, "board_bytes_per_s": board_bytes}
+                    said = (
+                        f"{outcome.mixed_share:>8.1%}  {outcome.staleness_mean:>9.2f}  {outcome.staleness_most:>4d}  "
+                        f"{outcome.news_mean_s:7.2f}  {outcome.news_oldest_s:6.2f}  {8e-6 * board_bytes:13.2f}  "
+                        f"{cluster.courier_share:8.2%}"
+                    )
                 found.append(entry)
                 print(
                     f"{ranks:6,}  {exchange:<9}  {name:<10}  {entry['steps_per_s']:>9,.0f}  "
-                    f"{entry['efficiency']:>8.1%}  {outcome.mixed_share:>6.1%}  {outcome.staleness_mean:>9.2f}  "
-                    f"{outcome.staleness_most:>4d}  {outcome.news_mean_s:7.2f}  {outcome.news_oldest_s:6.2f}  "
-                    f"{8e-6 * board_bytes:13.2f}  {cluster.courier_share:8.2%}  {outcome.checkpoint_share:11.3%}  "
-                    f"{entry['start_s']:8.1f}",
+                    f"{entry['efficiency']:>8.1%}  {outcome.checkpoint_share:11.3%}  {entry['start_s']:8.1f}  {said}",
                     flush=True,
                 )
     return {name: float(value) for name, value in begun.items()}, found
@@ -336,8 +389,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the raw figures to this JSON file")
     args = parser.parse_args()
-    if len(args.ranks) < 2 or len(args.nodes) != len(args.ranks):
-        parser.error("--ranks: expected two sizes or more, and --nodes for each")
+    if len(args.ranks) < 2 or sorted(set(args.ranks)) != args.ranks or len(args.nodes) != len(args.ranks):
+        parser.error("--ranks: expected two sizes or more, ascending, and --nodes for each")
+    if any(ranks % nodes for ranks, nodes in zip(args.ranks, args.nodes, strict=True)):
+        parser.error("--nodes: expected numbers that divide those of --ranks")
     args.simulators, args.rollout_steps = 16, 5
     found, cost = checked(args)
     # One rank on each of two cores, the last runs of all.
@@ -346,12 +401,7 @@ def main() -> None:
         "background": held_up.run(2, "gossip", FREE, args, "--delivery", "background"),
     }
     begun, simulated = simulate(free, cost, args)
-    if args.out:
-        settings = {**vars(args), "out": None, "machine": platform.processor() or platform.machine()}
-        settings["cores"] = len(os.sched_getaffinity(0))
-        results = {"settings": settings, "checked": found, "costs": asdict(cost)}
-        results |= {"simulated_from": begun, "simulated": simulated}
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    write(args, {"checked": found, "costs": asdict(cost), "simulated_from": begun, "simulated": simulated})
 
 
 if __name__ == "__main__":

@@ -443,6 +443,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.thin is not None:
         return thin(args.thin, args.folder)
+    if args.ranks < 2 or (NODE in args.kill and args.nodes < 2):
+        parser.error(f"--ranks: expected two or more, and --nodes too where --kill is {NODE}")
     setting = Setting(
         args.ranks, args.nodes, args.topology, args.parameters, args.update_s, args.timeout_s, args.checkpoint_every_s,
         seed=args.seed,

@@ -26,7 +26,18 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 OTHERS = {
     *("enable-recovery", "with-ft", "kill-on-bad-exit", "mpi", "cpus-per-task", "shm-size", "no-binary", "help"),
     *("seconds", "repeats", "out", "minutes", "ranks", "hosts", "runs", "inputs", "exchanges", "seed", "precisions"),
-    *("kill", "looks", "settle-s", "timeout-s", "update-s"),
+    *(
+        "kill",
+        "looks",
+        "settle-s",
+        "timeout-s",
+        "update-s",
+        "nodes",
+        "rounds",
+        "update-ms-a-rank",
+        "run-s",
+        "topologies",
+    ),
 }
 SOURCES = "gala_mpi|tests|jobs|benchmarks|analysis|src|docs|examples"
 

@@ -1,12 +1,13 @@
-"""The figures of docs/how-gossip-works.md:  python docs/figures/make.py
+"""The figures of the documentation:  python docs/figures/make.py
 
-Writes mailbox.svg, topologies.svg and ball.svg beside itself. Needs matplotlib:
+Writes mailbox.svg, topologies.svg, ball.svg and growth.svg beside itself. Needs matplotlib:
 
     pip install -c constraints.txt -e '.[analysis]'
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -94,10 +95,31 @@ def ball() -> plt.Figure:
     return figure
 
 
+def growth() -> plt.Figure:
+    """What a rank and a node take as ranks become more, as benchmarks/scaling.py measured it."""
+    found = json.loads((HERE.parent.parent / "benchmarks" / "results" / "scaling.json").read_text())["checked"]
+    free = [one["measured"] for name, one in found.items() if name.endswith(", free")]
+    ranks = np.array([one["ranks"] for one in free])
+    figure, (memory, traffic) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    memory.plot(ranks, [one["most_pss_mib"] for one in free], "o-", color=ORANGE, label="the rank that takes most")
+    memory.plot(ranks, [one["pss_mib"] for one in free], "s-", color=BLUE, label="mean of all ranks")
+    memory.set(xlabel="ranks", ylabel="memory of a rank (Pss), MiB", ylim=(0, None), xlim=(0, None))
+    sent = [one["board_bytes_per_s"] * one["ranks"] / one["updates_per_s"] / 1024 for one in free]
+    traffic.plot(ranks, ranks * 64 / 1024, "--", color=GREY, label="a row of 64 bytes for each rank")
+    traffic.plot(ranks, sent, "o-", color=BLUE, label="measured")
+    traffic.set(
+        xlabel="ranks", ylabel="sent for the board by a node\nat each update, KiB", ylim=(0, None), xlim=(0, None)
+    )
+    for panel in (memory, traffic):
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3)
+    return figure
+
+
 def main() -> None:
     """Draw all of them, the same to the byte each time."""
     mpl.rcParams["svg.hashsalt"] = "gala-mpi"
-    for make in (mailbox, topologies, ball):
+    for make in (mailbox, topologies, ball, growth):
         figure = make()
         figure.savefig(HERE / f"{make.__name__}.svg", metadata={"Date": None})
         plt.close(figure)

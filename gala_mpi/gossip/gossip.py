@@ -247,7 +247,7 @@ class Gossip(ClosedTogether):
     def _come_by(self, rest_s: float = SHORTEST_ROUND_S) -> None:
         """Look after the roster, if nobody else does, and not after a shorter rest: a step may be a short one.
 
-        Often enough that the neighbours of a node, 20 at most, hear of it four times within the timeout.
+        Often enough that the neighbours of a node, which hear of it one after the other, do so well within the timeout.
         """
         now_s = time.monotonic()
         if self._own_roster is not None and now_s - self._came_by_s >= min(rest_s, self._timeout_s / 80):

@@ -13,6 +13,7 @@ import torch
 from gala_mpi.config import ConfigError, TrainConfig
 from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.exchange import Exchange, make_exchange, window_bytes
+from gala_mpi.gossip.news import heirs_among
 from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.gossip.roster import roster_bytes
 from gala_mpi.learning.environments import Simulators, is_atari, make_simulators, refused
@@ -151,7 +152,8 @@ def _open_windows(
     nbytes = window_bytes(config.exchange, flat, comm) + roster_bytes(comm.rank, node_leaders(comm))
     look_ahead(comm, nbytes, info.folder)
     courier = Courier(comm, config.exchange.delivery)
-    if courier.node_rank(comm.rank) < HOLDERS_OF_A_NODE:
+    here = courier.leaders.count(courier.leaders[comm.rank])
+    if courier.node_rank(comm.rank) in heirs_among(here)[:HOLDERS_OF_A_NODE]:
         lease.hold()
     board = Board(comm, courier, config.exchange.neighbour_timeout_s)
     return courier, board, make_exchange(config.exchange, flat, comm, courier, board.come_by, watchdog, board.roster)

@@ -205,7 +205,7 @@ def test_narrow_wires_keep_ranks_together(one_mpi: Mpi, wire: str, once: Once) -
     for table, other in (updates, updates[::-1]):
         assert table["messages_mixed"][-1] > 0 and table["messages_rejected"][-1] == 0
         distance = table["neighbour_distance"]
-        assert np.nanmedian(distance) < 4
+        assert np.nanquantile(distance, 0.9) < 4
         seen = np.searchsorted(other["time_s"], table["time_s"], side="right").clip(max=len(other) - 1)
         gone = np.cumsum(table["update_norm"]) + np.cumsum(other["update_norm"])[seen]
         mixed = ~np.isnan(distance)
