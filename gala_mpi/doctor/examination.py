@@ -168,6 +168,7 @@ def judge_facts(facts: Sequence[Facts]) -> list[Finding]:
     return [
         Finding("mpi.library", OK, " ".join(library.split("\n", 1)[0].split()), "", {"version": library}),
         *(libraries.thread_level(level, len(set(nodes)), library, os.environ) for level in sorted(levels)),
+        *libraries.lost_ranks(len(set(nodes)), library, os.environ),
         *libraries.ranks(launched, nodes, library),
         *placement.bindings(places, launched, library),
         *placement.threads(places),

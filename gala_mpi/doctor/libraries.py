@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding
-from gala_mpi.mpi.library import family
+from gala_mpi.mpi.library import family, netmod, netmods
 
 # A launcher's variables for the number of ranks and the rank. Slurm's come last: they are inherited by what
 # another launcher starts inside an allocation.
@@ -136,6 +136,15 @@ def thread_level(level: str, nodes: int, library: str, environ: Mapping[str, str
     if environ.get("MPI4PY_RC_THREAD_LEVEL", "multiple") != "multiple":
         fix = "unset MPI4PY_RC_THREAD_LEVEL"
     return Finding("mpi.threads", WARN, f"{said}: messages to other nodes hold up every update", fix, values)
+
+
+def lost_ranks(nodes: int, library: str, environ: Mapping[str, str]) -> list[Finding]:
+    """WARN if this library ends ranks with those of other nodes that die; docs/compatibility.md has what was seen."""
+    if nodes == 1 or not netmod(library, environ).startswith("ucx"):
+        return []
+    fix = "export MPIR_CVAR_CH4_NETMOD=ofi" if "ofi" in netmods(library) else "an MPICH built with ch4:ofi"
+    message = "MPICH over UCX: a rank that has a message under way to one of another node that dies is ended too"
+    return [Finding("mpi.lost-ranks", WARN, message, fix, {"netmod": "ucx"})]
 
 
 def window_model(unified: bool, library: str) -> Finding:

@@ -17,9 +17,8 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from gala_mpi import _native
+from gala_mpi.mpi.library import family, netmod
 
-# MPICH reads each of its settings under three names.
-NETMOD_VARIABLES = ("MPIR_CVAR_CH4_NETMOD", "MPIR_PARAM_CH4_NETMOD", "MPICH_CH4_NETMOD")
 PAGE_BYTES = 4096
 WORD_BYTES = 8
 
@@ -51,12 +50,8 @@ def may_hang_on_the_dead() -> bool:
     MPICH over libfabric tries to connect for ever, with the library locked. Only what was seen not to is taken off:
     Open MPI, and MPICH over UCX.
     """
-    text = MPI.Get_library_version()
-    if "Open MPI" in text:
-        return False
-    netmods = next((line.split("ch4:")[1].split() for line in text.splitlines() if "ch4:" in line), [])
-    chosen = next((os.environ[name] for name in NETMOD_VARIABLES if os.environ.get(name)), "".join(netmods[:1]))
-    return not chosen.startswith("ucx")
+    version = MPI.Get_library_version()
+    return family(version) != "openmpi" and not netmod(version, os.environ).startswith("ucx")
 
 
 # Of what is done when the call returns.

@@ -17,6 +17,7 @@ from gala_mpi.doctor import command as doctor
 from gala_mpi.doctor import devices, examination, libraries, links, placement, storage, verdicts
 from gala_mpi.doctor.findings import FAIL, OK, WARN, Finding, as_json, as_text, failed, merge
 from gala_mpi.mpi.library import family as family_of
+from gala_mpi.mpi.library import netmod, netmods
 from gala_mpi.mpi.room import Room
 from gala_mpi.units import in_units, spans
 
@@ -134,6 +135,22 @@ def test_fewer_threads_matter_between_nodes_only() -> None:
     assert level("serialized", 1, {}) == (OK, "")
     assert level("serialized", 2, {}) == (WARN, "export MPICH_MAX_THREAD_SAFETY=multiple")
     assert level("single", 2, {"MPI4PY_RC_THREAD_LEVEL": "single"}) == (WARN, "unset MPI4PY_RC_THREAD_LEVEL")
+
+
+def test_who_dies_elsewhere_costs_a_rank_on_mpich_over_ucx_alone() -> None:
+    both, one = "MPICH Version: 5.0.2\nMPICH Device: ch4:ucx ofi\n", "MPICH Device: ch4:ucx\n"
+    (found,) = libraries.lost_ranks(2, both, {})
+    assert found.status == WARN and found.fix == "export MPIR_CVAR_CH4_NETMOD=ofi"
+    assert "built" in libraries.lost_ranks(2, one, {})[0].fix
+    taken = {"MPICH_CH4_NETMOD": "ofi"}
+    for nodes, library, environ in (
+        (1, both, {}),
+        (2, both, taken),
+        (2, "MPICH Device: ch4:ofi", {}),
+        (2, "Open MPI", {}),
+    ):
+        assert libraries.lost_ranks(nodes, library, environ) == []
+    assert netmod(one, {"MPIR_CVAR_CH4_NETMOD": "ofi"}) == "ofi" and netmods(both) == ["ucx", "ofi"]
 
 
 def test_windows_must_be_unified() -> None:
