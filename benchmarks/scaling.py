@@ -28,7 +28,7 @@ import platform
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,27 @@ def costs(small: dict[str, Any], large: dict[str, Any], sizes: tuple[int, int], 
     )
 
 
+def courier_share(cost: Costs, one: dict[str, Any], ranks: int, cores: int, work_s: float) -> float:
+    """What a courier takes of a core, where all share cores: the longer it waits for one, the less it looks.
+
+    The share s of all cores that couriers take solves s = sum of look / (rest + look / (1 - s - what learners take)).
+    """
+    rest_s = courier_rest_s(ranks)
+    busy_s = cost.look_s + one["peers"] / max(one["with_peers"], 1e-9) * cost.peer_s
+    kinds_of = ((one["with_peers"], busy_s, rest_s), (1 - one["with_peers"], cost.look_s, IDLE_REST_S))
+    learners = ranks * work_s / (one["update_s"] + work_s) / cores
+
+    def taken(left: float) -> float:
+        return sum(share * look_s / (rest + look_s / left) for share, look_s, rest in kinds_of)
+
+    low, high = 0.0, max(1 - learners, 1e-3)
+    for _ in range(50):
+        middle = (low + high) / 2
+        enough = taken(max(1 - middle - learners, 1e-6)) * ranks / cores > middle
+        low, high = (middle, high) if enough else (low, middle)
+    return low * cores / ranks
+
+
 def foretell(
     ranks: int, one: dict[str, Any], kind: Straggling, cost: Costs, args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -178,11 +199,7 @@ def foretell(
         ranks // one["nodes"],
         message_s=LOOKS * rest_s,
         news_s=LOOKS * rest_s,
-        courier_share=(
-            one["with_peers"] * cost.look_s / rest_s
-            + (1 - one["with_peers"]) * cost.look_s / IDLE_REST_S
-            + one["peers"] * cost.peer_s / rest_s
-        ),
+        courier_share=courier_share(cost, one, ranks, cores, work_s),
         cores=cores,
         # All that it takes is taken by one rank at a time, as they share a disk and cores.
         checkpoints=Checkpoints(args.checkpoint_every * one["update_s"], cost.checkpoint_s, cost.checkpoint_s),
@@ -238,15 +255,13 @@ def checked(args: argparse.Namespace) -> tuple[dict[str, Any], Costs]:
     for ranks in args.ranks:
         for name, kind in kinds(sleep_s(ranks, args), args).items():
             one = found[f"{ranks}, {name}"]
-            try:
-                one["foretold"] = foretell(ranks, one["measured"], kind, cost, args)
-            except ValueError as error:
-                one["foretold"] = None
-                print(f"{ranks:6,}  {name:<10}  {error}")
-                continue
+            one["foretold"] = foretell(ranks, one["measured"], kind, cost, args)
             fitted = name == "free" and ranks in sizes
             print(f"{ranks:6,}  {name:<10}  {line(one['foretold'], one['measured'])}{' (fitted)' * fitted}", flush=True)
-    return found, cost
+    # For the cluster: what a start grows by shows from some dozen ranks on only.
+    second, last = (found[f"{size}, free"]["measured"] for size in (sizes[1], args.ranks[-1]))
+    more = max(last["ranks"] - second["ranks"], 1)
+    return found, replace(cost, start_growth_s=max(last["start_cpu_s"] - second["start_cpu_s"], 0.0) / more)
 
 
 # What runs of one file have in common.

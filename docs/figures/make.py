@@ -103,7 +103,7 @@ def growth() -> plt.Figure:
     figure, (memory, traffic) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     memory.plot(ranks, [one["most_pss_mib"] for one in free], "o-", color=ORANGE, label="the rank that takes most")
     memory.plot(ranks, [one["pss_mib"] for one in free], "s-", color=BLUE, label="mean of all ranks")
-    memory.set(xlabel="ranks", ylabel="memory of a rank (Pss), MiB", ylim=(0, None), xlim=(0, None))
+    memory.set(xlabel="ranks", ylabel="memory of a rank (Pss), MiB", ylim=(0, 60), xlim=(0, None))
     sent = [one["board_bytes_per_s"] * one["ranks"] / one["updates_per_s"] / 1024 for one in free]
     traffic.plot(ranks, ranks * 64 / 1024, "--", color=GREY, label="a row of 64 bytes for each rank")
     traffic.plot(ranks, sent, "o-", color=BLUE, label="measured")

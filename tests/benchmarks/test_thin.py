@@ -100,8 +100,11 @@ def test_what_a_thin_rank_costs_and_what_follows_from_it() -> None:
     assert cost.launch_s == 2 and cost.look_s == pytest.approx(0.01 * courier_rest_s(32))
     args = argparse.Namespace(checkpoint_every=10.0, timeout_s=60.0, before=20, counted=100)
     foretold = scaling.foretell(32, {**small, "nodes": 4, "update_s": 1.0, "peers": 2.0}, FREE, cost, args)
-    assert foretold["update_cpu_s"] == pytest.approx(0.005) and foretold["courier_share"] == pytest.approx(0.05)
     cores = len(os.sched_getaffinity(0))
+    # 0.05 of a core if it had one to itself; here it waits for one at times.
+    assert foretold["update_cpu_s"] == pytest.approx(0.005) and 0.5 * 2 / 32 < foretold["courier_share"] < 0.05
+    alone = scaling.courier_share(cost, {**small, "update_s": 1.0, "peers": 2.0}, 32, 10**6, 0.005)
+    assert alone == pytest.approx(0.05, rel=0.05)
     assert foretold["start_s"] == pytest.approx(2 + 32 * 1.3 / cores)
     # Its sleep is nearly all of an update.
     assert foretold["updates_per_s"] == pytest.approx(32, rel=0.15) and foretold["news_mean_s"] > 0.2
