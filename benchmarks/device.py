@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from held_up import launcher, read
+from held_up import read
+from host import launcher
 
 QUERIED = "utilization.gpu,memory.used,power.draw"
 

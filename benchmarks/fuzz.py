@@ -18,8 +18,6 @@ import functools
 import json
 import math
 import multiprocessing
-import os
-import platform
 import random
 import resource
 import sys
@@ -37,6 +35,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "storage"), str(ROOT /
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from host import machine  # noqa: E402
 from test_checkpoint import FACTS, TENSORS, WHOLE  # noqa: E402
 
 from gala_mpi.config import ConfigError, EnvironmentConfig, RecordConfig, load_preset, read_config  # noqa: E402
@@ -388,7 +387,7 @@ def main() -> int:
     if args.out:
         about = {
             "command": f"python benchmarks/fuzz.py --inputs {args.inputs} --seed {args.seed}",
-            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, shared with other work",
+            "machine": f"{machine()}, shared with other work",
             "seconds": round(time.monotonic() - begin),
         }
         args.out.write_text(json.dumps({**about, "totals": totals, "wrong": wrong}, indent=1) + "\n")

@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from host import launcher
 from simulation import FREE, Cluster, Outcome, Straggling, allreduce, gossip
 
 from gala_mpi.gossip.topology import make_topology
@@ -91,13 +91,6 @@ class Run:
         own = [dict(zip(u, e, strict=True)) for u, e in zip(self.updates, self.exchange_s, strict=True)]
         common = set.intersection(*(set(rank) for rank in own))
         return float(np.median([min(rank[update] for rank in own) for update in common]))
-
-
-def launcher() -> str:
-    """The mpirun that belongs to this Python."""
-    beside = Path(sys.executable).parent / "mpirun"
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    return found or sys.exit("no mpirun beside this Python or on the PATH")
 
 
 def run(ranks: int, exchange: str, held_up: Straggling, args: argparse.Namespace, *more: str) -> Run:

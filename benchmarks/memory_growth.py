@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import re
 import statistics
 import sys
@@ -28,6 +27,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from cluster import RANK_VARIABLES, Cluster  # noqa: E402
 from conftest import MPIS, finish  # noqa: E402
+from host import machine  # noqa: E402
 
 FLAT = 0.02
 MEASURES = ("VmRSS", "RssAnon", "RssFile", "RssShmem")
@@ -114,7 +114,7 @@ def main() -> int:
     result = {
         "command": f"python benchmarks/memory_growth.py --minutes {args.minutes:g} --ranks {args.ranks} "
         f"--library {args.library}{' --cluster' if args.cluster else ''}",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, shared with other work",
+        "machine": f"{machine()}, shared with other work",
         "exit_code": done.returncode,
         "growth": found,
         "growth_of_dev_shm": round(shared, 5),

@@ -23,11 +23,11 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from thin import Seen, Setting, machine, running
+from host import machine
+from thin import Seen, Setting, running
 from topologies import MESSAGE_BYTES, placed
 
 from gala_mpi.config import ConfigError
@@ -37,27 +37,16 @@ from gala_mpi.gossip.topology import HIERARCHICAL, TOPOLOGIES
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One job of `args.ranks` ranks over `args.topology`."""
-    about = f"{args.topology}, {args.ranks} ranks"
     setting = Setting(
         args.ranks, nodes(args.topology, args.ranks), args.topology, args.parameters, timeout_s=args.timeout_s,
         seed=args.seed, update_s=args.ranks * args.update_ms_a_rank / 1000,
     )  # fmt: skip
     with running(setting) as job:
         job.gather("pid", args.deadline_s)
-        end = time.monotonic() + args.run_s
-        seen: list[Seen] = []
-        while len(seen) < args.looks or seen[-1].updates - seen[0].updates < args.counted:
-            if time.monotonic() > end:
-                sys.exit(f"{about}: not done within {args.run_s:g} s (--run-s)")
-            look = job.order("look", args.deadline_s)
-            if any(facts["lost"] for facts in look.facts.values()):
-                sys.exit(f"{about}: some rank was lost; take a longer --timeout-s")
-            if min(facts["update"] for facts in look.facts.values()) >= args.before:
-                seen.append(look)
-            time.sleep(args.rest_s)
-        _, code = job.stop(args.deadline_s)
-        if code:
-            sys.exit(f"{about}: exit code {code}")
+        seen = job.looks(
+            args.before, args.counted, at_least=args.looks, rest_s=args.rest_s, deadline_s=args.deadline_s,
+            longest_s=args.run_s,
+        )  # fmt: skip
     return {**row(args.topology, args.ranks, seen), **settings(args)}
 
 

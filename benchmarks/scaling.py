@@ -27,7 +27,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,17 +88,10 @@ def check(ranks: int, nodes: int, kind: Straggling, args: argparse.Namespace) ->
     with running(setting) as job:
         started = job.gather("pid", args.deadline_s).values()
         start_s = max(facts["time_s"] for facts in started) - job.begun_s
-        seen: list[Seen] = []
-        while len(seen) < 3 or seen[-1].updates - seen[0].updates < args.counted:
-            time.sleep(4 * setting.update_s)
-            look = job.order("look", args.deadline_s)
-            if any(facts["lost"] for facts in look.facts.values()):
-                sys.exit(f"{ranks} ranks: some rank was lost; take a longer --timeout-s")
-            if min(facts["update"] for facts in look.facts.values()) >= args.before:
-                seen.append(look)
-        _, code = job.stop(args.deadline_s)
-        if code:
-            sys.exit(f"{ranks} ranks: exit code {code}")
+        seen = job.looks(
+            args.before, args.counted, at_least=3, rest_s=4 * setting.update_s, deadline_s=args.deadline_s,
+            longest_s=args.run_s,
+        )  # fmt: skip
     start_cpu_s = statistics.mean(facts["process_s"] for facts in started)
     about = {"ranks": ranks, "nodes": nodes, "update_s": setting.update_s}
     found = told(seen)
@@ -327,41 +319,31 @@ def simulate(
     # Of a checkpoint the file system's part is not done for two ranks at once.
     file_bytes = 2 * args.message_bytes
     points = Checkpoints(CHECKPOINT_EVERY_S, alone_s, file_bytes / TOGETHER_BYTES_PER_S)
+    clusters = {ranks: cluster_of(ranks, exchange_s, points, network, cost, args) for ranks in args.simulate}
     found = []
     for name, kind, computing in cases:
         for ranks in args.simulate:
-            nodes = [f"n{rank // PER_NODE}" for rank in range(ranks)]
-            topology, heirs = make_topology("auto", ranks, nodes), Heirs([r - r % PER_NODE for r in range(ranks)])
-            # The first node's ranks; rank 0 leads it, and has the most.
-            peers = [distant_peers(rank, topology, heirs) for rank in range(min(PER_NODE, ranks))]
-            cluster = Cluster(
-                topology, PER_NODE, exchange_s=exchange_s + ranks * ROW_S,
-                message_s=network.message_s(args.message_bytes) + LOOKS * COURIER_REST_S,
-                news_s=network.message_s(ranks * ROW_BYTES) + LOOKS * COURIER_REST_S,
-                # The two ranks that were measured had one peer each.
-                courier_share=max(statistics.mean(peers) - 1, 0) * cost.peer_s / COURIER_REST_S, checkpoints=points,
-            )  # fmt: skip
+            cluster, about = clusters[ranks]
             times = kind.draw(computing, ranks, UPDATES, np.random.default_rng(ranks))
             together = {
                 "gossip": gossip(cluster, np.zeros_like(times), times, warm_up_s=float(times.sum(axis=0).mean()) / 4),
                 "allreduce": allreduce(times, network.allreduce_s(ranks, args.message_bytes), points),
             }
             steps = args.simulators * args.rollout_steps
-            degree = len(heirs.neighbours_of(0))
-            board_bytes = (ranks * ROW_BYTES) / round_s(ranks, degree, cluster.timeout_s) if degree else 0.0
             for exchange, outcome in together.items():
                 total = float(outcome.updates_per_s.sum())
-                entry = {"ranks": ranks, "exchange": exchange, "straggling": name, "topology": topology.name}
+                entry = {"ranks": ranks, "exchange": exchange, "straggling": name}
+                entry |= {"topology": cluster.topology.name}
                 entry |= {"efficiency": total / ranks * computing.mean(), "steps_per_s": total * steps}
                 entry |= {"checkpoint_share": outcome.checkpoint_share}
                 entry |= {"start_s": args.start_s + ranks * cost.start_growth_s}
                 said = ""
                 if exchange == "gossip":
-                    entry |= told_of(outcome) | {"peers": statistics.mean(peers), "most_peers": max(peers)}
-                    entry |= {"courier_share": cluster.courier_share, "board_bytes_per_s": board_bytes}
+                    entry |= told_of(outcome) | {"courier_share": cluster.courier_share} | about
                     said = (
                         f"{outcome.mixed_share:>8.1%}  {outcome.staleness_mean:>9.2f}  {outcome.staleness_most:>4d}  "
-                        f"{outcome.news_mean_s:7.2f}  {outcome.news_oldest_s:6.2f}  {8e-6 * board_bytes:13.2f}  "
+                        f"{outcome.news_mean_s:7.2f}  {outcome.news_oldest_s:6.2f}  "
+                        f"{8e-6 * about['board_bytes_per_s']:13.2f}  "
                         f"{cluster.courier_share:8.2%}"
                     )
                 found.append(entry)
@@ -371,6 +353,26 @@ def simulate(
                     flush=True,
                 )
     return {name: float(value) for name, value in begun.items()}, found
+
+
+def cluster_of(
+    ranks: int, exchange_s: float, points: Checkpoints, network: Network, cost: Costs, args: argparse.Namespace
+) -> tuple[Cluster, dict[str, float]]:
+    """So many ranks, PER_NODE on a node; and the peers of their couriers, and what a node sends for the board."""
+    nodes = [f"n{rank // PER_NODE}" for rank in range(ranks)]
+    topology, heirs = make_topology("auto", ranks, nodes), Heirs([r - r % PER_NODE for r in range(ranks)])
+    # The first node's ranks; rank 0 leads it, and has the most.
+    peers = [distant_peers(rank, topology, heirs) for rank in range(min(PER_NODE, ranks))]
+    cluster = Cluster(
+        topology, PER_NODE, exchange_s=exchange_s + ranks * ROW_S,
+        message_s=network.message_s(args.message_bytes) + LOOKS * COURIER_REST_S,
+        news_s=network.message_s(ranks * ROW_BYTES) + LOOKS * COURIER_REST_S,
+        # The two ranks that were measured had one peer each.
+        courier_share=max(statistics.mean(peers) - 1, 0) * cost.peer_s / COURIER_REST_S, checkpoints=points,
+    )  # fmt: skip
+    degree = len(heirs.neighbours_of(0))
+    board_bytes = (ranks * ROW_BYTES) / round_s(ranks, degree, cluster.timeout_s) if degree else 0.0
+    return cluster, {"peers": statistics.mean(peers), "most_peers": max(peers), "board_bytes_per_s": board_bytes}
 
 
 def distant_peers(rank: int, topology: Topology, heirs: Heirs) -> int:
@@ -389,6 +391,7 @@ def main() -> None:
     parser.add_argument("--counted", type=int, default=40, help="updates of thin ranks over which they look")
     parser.add_argument("--checkpoint-every", type=float, default=10.0, help="updates of thin ranks")
     parser.add_argument("--timeout-s", type=float, default=120.0, help="silence after which a thin rank is lost")
+    parser.add_argument("--run-s", type=float, default=1800.0, help="longest time of a job's looks")
     parser.add_argument("--deadline-s", type=float, default=300.0, help="of whatever is waited for")
     parser.add_argument("--slow", type=float, default=2.0, help="how much longer the slow rank takes")
     parser.add_argument("--pause-updates", type=float, default=3.0, help="mean of a pause, in updates")

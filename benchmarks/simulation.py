@@ -119,7 +119,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of it. Counts are sums of all ranks, but for those of each, (ranks,)."""
+    """What became of it: means over all ranks, but for `updates_per_s` of each, (ranks,), and what is the most."""
 
     updates_per_s: np.ndarray
     mixed_share: float

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
@@ -33,6 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import pytest  # noqa: E402
 from cluster import Cluster  # noqa: E402
 from conftest import MPIS, Mpi, finish  # noqa: E402
+from host import machine  # noqa: E402
 
 PROGRAM = str(ROOT / "tests" / "gossip" / "programs" / "stress_mailbox.py")
 OVER_TCP = {"MPIR_CVAR_NOLOCAL": "1", "MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
@@ -144,7 +143,7 @@ def main() -> int:
     pieces = json.loads(args.out.read_text())["pieces"] if args.out.exists() else []
     about = {
         "command": f"python benchmarks/soak_mailbox.py --exchanges {args.exchanges} --rounds {args.rounds}",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, shared with other work",
+        "machine": f"{machine()}, shared with other work",
         "libraries": libraries(),
         "shares": {transport.name: transport.share for transport in TRANSPORTS},
     }

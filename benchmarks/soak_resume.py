@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -33,6 +32,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "analysis")]
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from conftest import MPIS, Mpi, finish, kill, rank_process  # noqa: E402
+from host import machine  # noqa: E402
 from learning_curves import curve  # noqa: E402
 from runs import RunError, read_run  # noqa: E402
 
@@ -183,7 +183,7 @@ def main() -> int:
     end = time.monotonic() + 60 * args.minutes
     about = {
         "command": f"python benchmarks/soak_resume.py --minutes {args.minutes:g} --seed {args.seed}",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, shared with other work",
+        "machine": f"{machine()}, shared with other work",
     }
 
     def note(one: dict[str, Any]) -> None:

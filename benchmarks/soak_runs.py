@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import signal
 import statistics
 import sys
@@ -30,6 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import pytest  # noqa: E402
 from conftest import MPIS, Mpi, finish  # noqa: E402
+from host import machine  # noqa: E402
 
 SHARED_MEMORY = Path("/dev/shm")
 RANKS = 4
@@ -139,7 +139,7 @@ def main() -> int:
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     about = {
         "command": f"python benchmarks/soak_runs.py --runs {args.runs} --total-steps {args.total_steps}",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, shared with other work",
+        "machine": f"{machine()}, shared with other work",
         "ranks": RANKS,
         "deadline_s": args.deadline_s,
     }

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-from held_up import launcher
+from host import launcher
 
 # Every rank writes how long it took to import what it needs, and to make its simulators.
 STARTED = """

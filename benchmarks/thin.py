@@ -31,8 +31,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import shutil
 import signal
 import statistics
 import subprocess
@@ -45,6 +43,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from host import launcher, machine
 from simulation import FREE, Straggling
 
 from gala_mpi.storage.checkpoint import CheckpointFolder, Facts
@@ -278,15 +277,11 @@ class Job:
         self._setting, self._folder, self._orders = setting, folder, 0
         (folder / ORDERS).mkdir()
         self.dead: set[int] = set()
-        beside = Path(sys.executable).parent / "mpirun"
-        launcher = str(beside) if beside.exists() else shutil.which("mpirun")
-        if launcher is None:
-            sys.exit("no mpirun beside this Python or on the PATH")
-        about = subprocess.run([launcher, "--version"], capture_output=True, text=True, check=True).stdout
+        about = subprocess.run([launcher(), "--version"], capture_output=True, text=True, check=True).stdout
         self._open_mpi = "Open MPI" in about or "OpenRTE" in about
         options = ["--oversubscribe", "--enable-recovery"] if self._open_mpi else ["-disable-auto-cleanup"]
         outlive = Path(__file__).resolve().parent.parent / "jobs" / "outlive.sh"
-        command = [launcher, *options, "-n", str(setting.ranks)]
+        command = [launcher(), *options, "-n", str(setting.ranks)]
         command += [] if self._open_mpi else ["sh", str(outlive)]
         command += [sys.executable, __file__, "--thin", setting.to_json(), "--folder", str(folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -325,6 +320,26 @@ class Job:
         facts = self.gather(name, deadline_s)
         vectors = [np.load(self._folder / f"{name}-{rank}.npy") for rank in facts]
         return Seen(facts, np.array(vectors, float))
+
+    def looks(
+        self, before: int, counted: int, *, at_least: int, rest_s: float, deadline_s: float, longest_s: float
+    ) -> list[Seen]:
+        """Looks over `counted` updates or more, once all ranks have had `before` of them; then the ranks end."""
+        about, end = f"{self._setting.topology}, {self._setting.ranks} ranks", time.monotonic() + longest_s
+        seen: list[Seen] = []
+        while len(seen) < at_least or seen[-1].updates - seen[0].updates < counted:
+            if time.monotonic() > end:
+                sys.exit(f"{about}: not done within {longest_s:g} s")
+            look = self.order("look", deadline_s)
+            if any(facts["lost"] for facts in look.facts.values()):
+                sys.exit(f"{about}: some rank was lost; take a longer --timeout-s")
+            if min(facts["update"] for facts in look.facts.values()) >= before:
+                seen.append(look)
+            time.sleep(rest_s)
+        _, code = self.stop(deadline_s)
+        if code:
+            sys.exit(f"{about}: exit code {code}")
+        return seen
 
     def kill(self, what: int | str, pids: dict[int, int]) -> int:
         """Kill so many ranks in a row, from a quarter of those that live on, or the last node; how many those are."""
@@ -366,11 +381,6 @@ def running(setting: Setting) -> Iterator[Job]:
             yield job
         finally:
             job.end()
-
-
-def machine() -> str:
-    """Processor and cores, in one line."""
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
 
 
 def observe(job: Job, args: argparse.Namespace) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-from held_up import launcher
+from host import launcher
 
 GAMES = ("ALE/Pong-v5", "ALE/Breakout-v5", "ALE/SpaceInvaders-v5")
 ROLLOUT, FRAME_SKIP = 5, 4

@@ -209,11 +209,11 @@ class Gossip(ClosedTogether):
             self._courier.check()
             self._come_by(REST_S)
             self._follow()
-            state, graph = self._flat.host(), self.topology
+            state = self._flat.host()
             found, wait = self._heard.look()
             taken = self._take() if found and not wait else []
             sent = self.counters.messages_sent
-            if not self.post_and_mix(state, self._targets[graph.turn(self._update)], taken):
+            if not self.post_and_mix(state, self._targets[self.topology.turn(self._update)], taken):
                 self._recover(state)
                 self._settle([])
                 return True
