@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--exchange", nargs="+", choices=("gossip", "allreduce", "none"), default=["gossip"])
     parser.add_argument("--updates", type=int, default=600, help="of each rank (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=0.1)
-    parser.add_argument("--topology", default="ring")
+    parser.add_argument("--topology", default="auto")
     parser.add_argument("--max-staleness", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

@@ -25,6 +25,7 @@ from gala_mpi.doctor.findings import FAIL, OK
 from gala_mpi.doctor.peers import Watch
 from gala_mpi.exit_codes import EXIT_CONFIG
 from gala_mpi.gossip.shared_topology import topology_on_all_ranks
+from gala_mpi.gossip.topology import AUTO
 from gala_mpi.mpi.collective import on_all_ranks
 from gala_mpi.units import in_units
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
     from gala_mpi.bench.gloo import Gloo
+    from gala_mpi.gossip.topology import Topology
 
 BENCH_HELP = "Measure what an exchange costs, beside memcpy and all-reduce: mpirun -n 2 gala-mpi bench"
 # When even the thread of the watch cannot run, since a call inside a library holds Python's lock.
@@ -51,7 +53,7 @@ class BenchOptions:
     """Rounds of each size; fewer, but three, where they take long beside --deadline-s."""
     wire: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the parameters under way."""
-    topology: str = "ring"
+    topology: str = "auto"
     """Any topology that training knows."""
     delivery: Literal["auto", "inline", "background"] = "auto"
     """How messages go out: inline, by a thread in the background, or inline to ranks of the same node only."""
@@ -111,20 +113,22 @@ def run(args: Sequence[str], comm: Intracomm, watch: Watch) -> int:
     from gala_mpi.mpi.window import node_leaders
 
     library = own_facts().library
-    places = _preflight(options, comm, library)
-    nodes = len(set(node_leaders(comm)))
+    leaders = node_leaders(comm)
+    topology = topology_on_all_ranks(options.topology, comm, [str(leader) for leader in leaders])
+    places = _preflight(options, topology, comm, library)
+    nodes = len(set(leaders))
     group = None
     if options.gloo and comm.size > 1:
         watch.doing = "starting gloo"
         start_s = min(LONGEST_START_S, watch.left_s() / 4)
         group = Gloo(comm, one_node=nodes == 1, start_s=start_s, call_s=watch.left_s())
     missing = _missing(options, comm.size, group)
-    found = [_measure(options, parameters, comm, watch, group) for parameters in options.parameters]
+    found = [_measure(options, parameters, topology, comm, watch, group) for parameters in options.parameters]
     if group is not None:
         group.free()
     if comm.rank == 0:
         sizes = [cost_table.summary(costs, missing) for costs in found if costs is not None]
-        job = _job(options, comm.size, nodes, places, library)
+        job = _job(options, topology, nodes, places, library)
         _tell(options, job, sizes, cost_table.as_text(job, sizes))
     watch.doing = "ending MPI"
     return 0
@@ -142,13 +146,13 @@ def _check(args: Sequence[str], comm: Intracomm) -> BenchOptions:
     return options
 
 
-def _preflight(options: BenchOptions, comm: Intracomm, library: str) -> list[placement.Placed]:
+def _preflight(options: BenchOptions, topology: Topology, comm: Intracomm, library: str) -> list[placement.Placed]:
     """Where all ranks run. Raises UsageError where windows cannot be had. Collective."""
     from gala_mpi.doctor.preflight import ruinous
     from gala_mpi.gossip.mailbox import lay_out
 
     largest = 4 * max(options.parameters)
-    sources = topology_on_all_ranks(options.topology, comm).in_neighbours(comm.rank)
+    sources = topology.in_neighbours(comm.rank)
     need = lay_out([largest] * len(sources))[1] + lay_out([largest])[1]
     places: list[placement.Placed] = comm.allgather(placement.placed(platform.node(), os.environ))
     sharing = sum(place.node == places[comm.rank].node for place in places)
@@ -176,7 +180,9 @@ def _missing(options: BenchOptions, size: int, group: Gloo | None) -> dict[str, 
     return missing
 
 
-def _measure(options: BenchOptions, parameters: int, comm: Intracomm, watch: Watch, group: Gloo | None) -> Costs | None:
+def _measure(
+    options: BenchOptions, parameters: int, topology: Topology, comm: Intracomm, watch: Watch, group: Gloo | None
+) -> Costs | None:
     """The costs of one size on rank 0, None elsewhere. Collective."""
     from gala_mpi.bench.exchange_cost import Measurement
 
@@ -185,7 +191,7 @@ def _measure(options: BenchOptions, parameters: int, comm: Intracomm, watch: Wat
         comm,
         parameters,
         wire=options.wire,
-        topology=options.topology,
+        topology=topology,
         delivery=options.delivery,
         gloo=group if group is not None and not group.failure else None,
         watch=watch,
@@ -196,10 +202,12 @@ def _measure(options: BenchOptions, parameters: int, comm: Intracomm, watch: Wat
 
 
 def _job(
-    options: BenchOptions, size: int, nodes: int, places: Sequence[placement.Placed], library: str
+    options: BenchOptions, topology: Topology, nodes: int, places: Sequence[placement.Placed], library: str
 ) -> dict[str, Any]:
     """What all sizes share."""
     chosen = {key: value for key, value in dataclasses.asdict(options).items() if key != "json"}
+    if options.topology == AUTO:
+        chosen["topology"] = f"{topology.name} ({AUTO})"
     bindings = placement.bindings(places, libraries.launch(os.environ), library)
     return {
         "version": __version__,
@@ -207,7 +215,7 @@ def _job(
         "machine": platform.machine(),
         "cores_of_node": places[0].node_cores,
         "load_average": os.getloadavg(),
-        "ranks": size,
+        "ranks": topology.size,
         "nodes": nodes,
         **chosen,
         "oversubscribed": [finding.message for finding in bindings if finding.status != OK],

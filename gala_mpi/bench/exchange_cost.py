@@ -55,6 +55,7 @@ from gala_mpi.mpi.window import Window
 
 if TYPE_CHECKING:
     from gala_mpi.doctor.peers import Watch
+    from gala_mpi.gossip.topology import Topology
 
 REST_S = 0.0005
 LEAST_ROUNDS = 3
@@ -80,7 +81,7 @@ class Measurement:
         parameters: int,
         *,
         wire: str,
-        topology: str,
+        topology: Topology,
         delivery: str,
         gloo: Gloo | None,
         watch: Watch,

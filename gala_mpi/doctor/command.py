@@ -9,7 +9,7 @@ import contextlib
 import faulthandler
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +19,10 @@ from gala_mpi.config import ConfigError, UsageError, at_home
 from gala_mpi.doctor import libraries
 from gala_mpi.doctor.examination import Examination
 from gala_mpi.doctor.findings import as_json, as_text, failed, merge
-from gala_mpi.doctor.links import Edge
 from gala_mpi.doctor.peers import Peers, Watch
 from gala_mpi.exit_codes import EXIT_ERROR, EXIT_OK
-from gala_mpi.gossip.topology import TOPOLOGIES, make_topology
+from gala_mpi.gossip.rules import Weights
+from gala_mpi.gossip.topology import AUTO, TOPOLOGIES, Topology, make_topology, with_edges
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -38,7 +38,7 @@ LAST_RESORT_S = 5.0
 class DoctorOptions:
     """What the doctor looks at, and for how long."""
 
-    topology: str = "ring"
+    topology: str = "auto"
     """Whose links to measure; any topology that training knows."""
     parameters: int = 1_680_000
     """Parameters of the policy, for the memory that the windows need. The default is the published Atari
@@ -100,12 +100,14 @@ def run(args: list[str], comm: Intracomm, watch: Watch) -> int:
         # A run of its own, though launched with others: the first of them speaks for all.
         return EXIT_ERROR
     peers = Peers(comm, watch)
-    edges = _edges(options, peers)
-    examination = Examination(options.parameters, options.out, edges, peers)
+    topology = _topology(options, peers)
+    examination = Examination(options.parameters, options.out, topology, peers)
     findings = merge(examination.findings())
     code: int = peers.tell_all(EXIT_ERROR if failed(findings) else EXIT_OK, VERDICT)
     if comm.rank == 0:
-        title = f"gala-mpi doctor: {comm.size} rank(s), topology {options.topology}"
+        name = topology(examination.nodes or None).name
+        chosen = f" ({AUTO})" if options.topology == AUTO else ""
+        title = f"gala-mpi doctor: {comm.size} rank(s), topology {name}{chosen}"
         output.say(as_json(findings, examination.nodes) if options.json else as_text(findings, title))
     if not examination.healthy:
         _end_all(comm, watch)
@@ -113,23 +115,24 @@ def run(args: list[str], comm: Intracomm, watch: Watch) -> int:
     return code
 
 
-def _edges(options: DoctorOptions, peers: Peers) -> list[Edge]:
-    """The links of the topology. Raises UsageError, on all ranks, if rank 0 cannot make it. All ranks call it."""
-    peers.watch.doing = f"reading --topology {options.topology}"
-    edges: list[Edge] = []
+def _topology(options: DoctorOptions, peers: Peers) -> Callable[[Sequence[str] | None], Topology]:
+    """The topology, given the node of each rank. Raises UsageError, on all ranks, for a bad one. All ranks call it."""
+    name, size = options.topology, peers.comm.size
+    peers.watch.doing = f"reading --topology {name}"
+    edges: list[Weights] = []
     refusal = ""
     # The others may not see a file of the user's.
-    if peers.comm.rank == 0 or options.topology in TOPOLOGIES:
+    if peers.comm.rank == 0 or name in TOPOLOGIES:
         try:
-            graph = make_topology(options.topology, peers.comm.size)
-            edges = [(origin, target) for origin in range(graph.size) for target in graph.out_neighbours(origin)]
+            graph = make_topology(name, size)
+            edges = [] if name in TOPOLOGIES else [graph.rule.sources(rank, 0) for rank in range(size)]
         except UsageError as error:
             refusal = str(error)
-    if options.topology not in TOPOLOGIES:
+    if name not in TOPOLOGIES:
         edges, refusal = peers.tell_all((edges, refusal), EDGES)
     if refusal:
         raise UsageError(refusal)
-    return edges
+    return lambda nodes: make_topology(name, size, nodes) if name in TOPOLOGIES else with_edges(name, edges)
 
 
 def _end_all(comm: Intracomm, watch: Watch) -> None:

@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 from gala_mpi.doctor import devices, libraries, links, placement, storage, verdicts
 from gala_mpi.doctor.findings import OK, WARN, Finding, merge
 from gala_mpi.doctor.peers import Peers
+from gala_mpi.gossip.topology import Topology
 from gala_mpi.mpi.room import place_of_windows, room
 
 PACKAGES = ("gala-mpi", "torch", "mpi4py", "h5py", "numpy", "ale-py")
@@ -52,10 +53,14 @@ class Plan:
 
 
 class Examination:
-    """One examination of the job. `nodes[r]` is the node of rank r; not `healthy`: some rank or link is silent."""
+    """One examination of the job, over the topology that there is among its nodes.
 
-    def __init__(self, parameters: int, out: Path, edges: list[links.Edge], peers: Peers) -> None:
-        self._parameters, self._out, self._edges = parameters, out, edges
+    `nodes[r]` is the node of rank r, once it is known. Not `healthy`: some rank or link is silent.
+    """
+
+    def __init__(self, parameters: int, out: Path, topology: Callable[[Sequence[str]], Topology], peers: Peers) -> None:
+        self._parameters, self._out, self._topology = parameters, out, topology
+        self._edges: list[links.Edge] = []
         self._peers, self._watch, self._rank = peers, peers.watch, peers.comm.rank
         self._here = own_facts()
         self.nodes: tuple[str, ...] = ()
@@ -76,6 +81,8 @@ class Examination:
             if not plan.nodes:
                 self.healthy = False
                 return found
+            graph = self._topology(plan.nodes)
+            self._edges = [(origin, target) for origin in range(graph.size) for target in graph.out_neighbours(origin)]
             found += self._look_at_nodes(plan)
         found += self._compare_clocks(plan)
         return found + self._measure_links(found)

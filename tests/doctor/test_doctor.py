@@ -22,6 +22,7 @@ from rights import without_rights
 
 from gala_mpi.doctor.findings import FAIL, OK, WARN
 from gala_mpi.doctor.placement import cores_of_node
+from gala_mpi.gossip.topology import make_topology
 
 COMMAND = ("-m", "gala_mpi", "doctor")
 # Between ranks of one host, too, MPICH then goes through the network.
@@ -62,9 +63,9 @@ def test_json_holds_all_findings(mpi: Mpi, size: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_text_has_one_line_for_each_finding(mpi: Mpi, size: int, tmp_path: Path) -> None:
-    done = mpi.run(size, *COMMAND, "--topology", "complete", timeout_s=90, cwd=tmp_path)
+    done = mpi.run(size, *COMMAND, timeout_s=90, cwd=tmp_path)
     lines = done.stdout.splitlines()
-    assert lines[0] == f"gala-mpi doctor: {size} rank(s), topology complete"
+    assert lines[0] == f"gala-mpi doctor: {size} rank(s), topology {make_topology('auto', size).name} (auto)"
     found = [line.split()[0] for line in lines if line.startswith("  ")]
     assert lines[-1] == ", ".join(f"{found.count(status)} {status}" for status in (OK, WARN, FAIL))
     assert set(found) <= {OK, WARN, FAIL} and found.count(OK) > 8
@@ -183,9 +184,19 @@ def test_nodes_are_told_apart(mpich: Mpi, level: str, tmp_path: Path) -> None:
     assert set(across.values()) == {OK if level == "multiple" else WARN}
 
 
+def test_the_topology_is_that_of_the_nodes_that_there_are(cluster: Cluster, mpich: Mpi, tmp_path: Path) -> None:
+    args = ("--json", "--topology", "hierarchical")
+    done = cluster.mpi(mpich, ranks_per_host=2).run(4, *COMMAND, *args, timeout_s=90, cwd=tmp_path)
+    links = [each for entry in entries_of(done) for each in entry["values"].get("links", [])]
+    graph = make_topology("hierarchical", 4, ["a", "a", "b", "b"])
+    expected = [(origin, target) for origin in range(4) for target in graph.out_neighbours(origin)]
+    assert sorted((each["origin"], each["target"]) for each in links) == expected
+    assert expected != [(rank, to) for rank in range(4) for to in make_topology("hierarchical", 4).out_neighbours(rank)]
+
+
 def test_a_cluster_is_seen_as_it_is(cluster: Cluster, mpi: Mpi, tmp_path: Path) -> None:
     """Three hosts of one rank each, whose links carry 1 Gbit/s, and whose clock and files are the same."""
-    done = cluster.mpi(mpi).run(3, *COMMAND, "--json", timeout_s=90, cwd=tmp_path)
+    done = cluster.mpi(mpi).run(3, *COMMAND, "--json", "--topology", "ring", timeout_s=90, cwd=tmp_path)
     entries = entries_of(done)
     assert one(entries, "ranks.launch")["values"]["ranks_per_node"] == [1, 1, 1]
     assert one(entries, "output.shared")["ranks"] == [1, 2]
