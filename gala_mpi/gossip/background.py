@@ -8,6 +8,7 @@ place of one that still waits, and finds the newest that its courier has taken.
 
     word       written by                                  read by
     slot       the sender's courier: a Put                 the receiver's courier: loads, into a copy
+    attempt    the sender's courier, a word of the slot    the receiver's courier: a load
     answer     the receiver's courier: a Put               the sender's courier: a load
     snapshots  the learner, then its courier, or the       one of the two; they change hands under a lock
                other way round
@@ -23,6 +24,8 @@ after those of a later one too, so there is no Flush, which might wait for a tar
 - The newest message arrives: the next is sent when the last was answered. A word of an older message that lands after
   that can spoil a newer one in the slot (it went unmissed, as both had the same value there). So what is not
   answered for `REPEAT_AFTER_S` is sent again, with the same number; once all late words have landed it is whole.
+- An answer may be lost too, under an older one that lands late, or another rank's (see `survivors`). So each Put of a
+  message has another `attempt`, and a receiver that sees another one in the slot answers again what it has taken.
 
 `tests/gossip/background_model.py` goes through every order of a few messages of a few words.
 
@@ -51,7 +54,8 @@ if TYPE_CHECKING:
 REPEAT_AFTER_S = 5.0
 LONGEST_PAUSE_S = 0.1
 HEADER_BYTES = HEADER.itemsize
-SEALED_BYTES = HEADER_BYTES - WORD_BYTES
+# Of the header: all but the attempt and the checksum.
+SEALED_BYTES = HEADER_BYTES - 2 * WORD_BYTES
 
 
 class Snapshot:
@@ -104,7 +108,7 @@ class Snapshot:
         return found == int(self.header["checksum"][0])
 
     def _seed(self) -> int:
-        """Takes the header into the checksum, but for the checksum itself."""
+        """Takes the header into the checksum, but for that itself, and the attempt, which a late word may change."""
         return _native.checksum(self.memory[:SEALED_BYTES])
 
 
@@ -155,6 +159,7 @@ class BackgroundOutbox(End):
         self._waiting: Snapshot | None = None
         self._in_flight: Snapshot | None = None
         self._sent_at_s = 0.0
+        self._attempt = 0
         self._ended = False
 
     def slot(self, nbytes: int) -> Bytes | None:
@@ -221,6 +226,8 @@ class BackgroundOutbox(End):
         elif time.monotonic() - self._sent_at_s < REPEAT_AFTER_S:
             return
         if self._in_flight is not None:
+            self._attempt += 1
+            self._in_flight.header["attempt"] = self._attempt
             self._put = self._window.start_put(self._in_flight.sealed(), self.target, self._slot)
             self._sent_at_s = time.monotonic()
 
@@ -237,6 +244,7 @@ class BackgroundInbox(End):
         self._source, self._answer, self._capacity = source, answer, capacity
         self._slot = window.memory(slot, slot_bytes(capacity))
         self._next = self._slot[:HEADER_BYTES].view(HEADER)["number"]
+        self._attempt = self._slot[:HEADER_BYTES].view(HEADER)["attempt"]
         self._lock = threading.Lock()
         self._spare = Snapshot(capacity)
         self._free = [Snapshot(capacity), Snapshot(capacity)]
@@ -244,6 +252,8 @@ class BackgroundInbox(End):
         self._held: Snapshot | None = None
         self._taken = 0
         self._answered = np.zeros(1, np.int64)
+        # The attempt that was answered, or is to be.
+        self._attempt_seen, self._answer_again = 0, False
         self._pause_s = self._look_again_at_s = 0.0
         self.heeded = True
         """Whether messages are looked for."""
@@ -268,8 +278,12 @@ class BackgroundInbox(End):
     def look(self) -> None:
         """Take the message in the slot, if there is a new one and it is whole."""
         self._window.sync()
-        number = int(self._next[0])
-        if not self.heeded or number <= self._taken or time.monotonic() < self._look_again_at_s:
+        number, attempt = int(self._next[0]), int(self._attempt[0])
+        if not self.heeded:
+            return
+        if number == self._taken > 0 and attempt != self._attempt_seen:
+            self._attempt_seen, self._answer_again = attempt, True
+        if number <= self._taken or time.monotonic() < self._look_again_at_s:
             return
         if not (self._spare.copy_whole(self._slot, number, self._capacity) and self._spare.sender == self._source):
             # To look at half a message costs as much as at a whole one.
@@ -277,6 +291,7 @@ class BackgroundInbox(End):
             self._look_again_at_s = time.monotonic() + self._pause_s
             return
         self._taken, self._pause_s = number, 0.0
+        self._attempt_seen, self._answer_again = attempt, False
         with self._lock:
             if self._waiting is not None:
                 self._free.append(self._waiting)
@@ -285,9 +300,9 @@ class BackgroundInbox(End):
             self._spare = self._free.pop()
 
     def start(self) -> None:
-        """Answer the message that was taken last, if it is not answered."""
-        if self.settled() and self._answered[0] != self._taken:
-            self._answered[0] = self._taken
+        """Answer the message that was taken last, if it is not answered, or its sender has not seen that."""
+        if self.settled() and (self._answer_again or self._answered[0] != self._taken):
+            self._answered[0], self._answer_again = self._taken, False
             self._put = self._window.start_put(self._answered, self._source, self._answer)
 
 

@@ -40,10 +40,11 @@ HEADER = np.dtype(
         ("time_s", "<f8"),
         ("agent_steps", "<i8"),
         ("sender", "<i4"),
-        ("wire", "<i4"),
+        ("wire", "<i2"),
+        ("last", "<i2"),
         ("nbytes", "<i8"),
-        ("last", "<i8"),
         ("number", "<i8"),
+        ("attempt", "<i8"),
         ("checksum", "<u8"),
     ]
 )
@@ -120,9 +121,9 @@ class About(TypedDict, total=False):
 
 
 def fill(header: npt.NDArray[np.void], sender: int, number: int, nbytes: int, about: About) -> None:
-    """Write a header (1,), without a checksum."""
+    """Write a header (1,), without an attempt and a checksum, which `background` has."""
     wire, last = about.get("wire", 0), about.get("last", False)
-    header[0] = (about["update"], about["time_s"], about["agent_steps"], sender, wire, nbytes, last, number, 0)
+    header[0] = (about["update"], about["time_s"], about["agent_steps"], sender, wire, last, nbytes, number, 0, 0)
 
 
 class Delivery(Protocol):

@@ -14,7 +14,8 @@ learner itself carries these messages, else the courier.
     slot     the rank before, in the ring: stores or a Put  this rank, into a copy
     answer   the rank after it: a store or a Put            this rank
 
-Numbers rise over all ranks that this one sends to, so that the answer of an earlier one is none to a later message.
+Numbers rise over all ranks that this one sends to, so that the answer of an earlier one is none to a later message. It
+may land over the answer to that, which then comes again (see `background`).
 
 Growth: a slot and a word in the window, whatever the number of ranks, of which no page is touched before it is used;
 beside that three snapshots for each rank that is sent to, and three copies for each that is heard.

@@ -1,11 +1,13 @@
 """Every interleaving of the protocol between nodes (`gala_mpi.gossip.background`), on a network that keeps no order.
 
-    slot[w]  in the receiver's window; word 0 is the message's number, the others its payload. The sender's courier
-             writes them by Put. A word lands whole, as aligned words of 8 bytes do, and whenever it likes: after words
-             of later messages too, and after the Put's request is complete, which frees the buffer and says no more.
-             The receiver's courier reads them one by one, while others land, into a copy.
+    slot[w]  in the receiver's window; word 0 is the message's number, the last one the attempt, which is another one
+             in each Put, the others the payload. The sender's courier writes them by Put. A word lands whole, as
+             aligned words of 8 bytes do, and whenever it likes: after words of later messages too, and after the
+             Put's request is complete, which frees the buffer and says no more. The receiver's courier reads them one
+             by one, while others land, into a copy.
     answer   in the sender's window: the number of the last message that was taken. The receiver's courier writes it by
-             Put, which lands whenever it likes; the sender's courier reads it.
+             Put, which lands whenever it likes; the sender's courier reads it. Up to `overwritten` times something
+             else lands over it, at any time: the answer of another rank to an older message, where there are several.
 
 The checksum is taken for one that never lies: a copy passes if all its words are those of the message whose number it
 has. Some payload words have the same value in consecutive messages, as parameters may: such a word can be missing
@@ -17,7 +19,7 @@ What the learners do with snapshots and copies is local, under a lock, and teste
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from explorer import Invariant, Result, Step, explore
@@ -30,11 +32,13 @@ class Protocol:
     messages: int = 3
     words: int = 3
     repeats: int = 1
+    overwritten: int = 0
     # Receiver: the copy is checked; what is given out is the copy; only what is newer is taken; and answered then.
     checks: bool = True
     gives_out_the_copy: bool = True
     takes_newer_alone: bool = True
     answers_after_the_check: bool = True
+    answers_another_attempt: bool = True
     # Sender: waits for the answer, to this very message; repeats what has none.
     waits_for_the_answer: bool = True
     heeds_the_number: bool = True
@@ -53,6 +57,7 @@ class Sender(NamedTuple):
     waiting: int = 0  # number of the message that waits, 0 for none
     in_flight: int = 0
     repeated: int = 0
+    attempt: int = 0
     words: tuple[Word, ...] = ()  # on their way, in no order
 
 
@@ -62,6 +67,7 @@ class Receiver(NamedTuple):
     copy: tuple[int, ...] = ()
     taken: int = 0
     answered: int = 0
+    attempt: int = 0  # the one that was answered
     given: tuple[int, ...] = ()  # ghost: the words of the message last given out
     before: int = 0  # ghost: the number given out before that
     answers: tuple[int, ...] = ()  # on their way, in no order
@@ -70,6 +76,7 @@ class Receiver(NamedTuple):
 class State(NamedTuple):
     slot: tuple[int, ...]
     answer: int = 0
+    overwritten: int = 0
     sender: Sender = Sender()
     receiver: Receiver = Receiver()
 
@@ -80,7 +87,7 @@ def content(number: int, words: int) -> tuple[int, ...]:
 
 
 def initial_state(protocol: Protocol) -> State:
-    return State(slot=content(0, protocol.words))
+    return State(slot=(*content(0, protocol.words), 0))
 
 
 def sender_steps(protocol: Protocol, state: State) -> Iterator[Step]:
@@ -89,19 +96,24 @@ def sender_steps(protocol: Protocol, state: State) -> Iterator[Step]:
     def step(action: str, **changes: object) -> Step:
         return Step("sender", action, state._replace(sender=me._replace(**changes)))
 
-    def put(number: int) -> tuple[Word, ...]:
-        return tuple(sorted((*me.words, *(Word(*pair) for pair in enumerate(content(number, protocol.words))))))
+    def put(number: int) -> dict[str, object]:
+        words, attempt = content(number, protocol.words), 0
+        if protocol.overwritten:
+            # Else it has no effect but to make the states many more.
+            attempt = me.attempt + 1
+            words = (*words, attempt)
+        return {"attempt": attempt, "words": tuple(sorted((*me.words, *(Word(*pair) for pair in enumerate(words)))))}
 
     if me.posted < protocol.messages:
         yield step(f"posts {me.posted + 1}", posted=me.posted + 1, waiting=me.posted + 1)
     if me.waiting and not me.in_flight:
-        yield step(f"Put {me.waiting}", in_flight=me.waiting, waiting=0, words=put(me.waiting))
+        yield step(f"Put {me.waiting}", in_flight=me.waiting, waiting=0, **put(me.waiting))
     if me.in_flight:
         answered = state.answer == me.in_flight if protocol.heeds_the_number else state.answer > 0
         if answered or not protocol.waits_for_the_answer:
             yield step(f"{me.in_flight} has arrived", in_flight=0)
         if protocol.repeats_what_is_not_answered and me.repeated < protocol.repeats:
-            yield step(f"Put {me.in_flight} again", repeated=me.repeated + 1, words=put(me.in_flight))
+            yield step(f"Put {me.in_flight} again", repeated=me.repeated + 1, **put(me.in_flight))
 
 
 def receiver_steps(protocol: Protocol, state: State) -> Iterator[Step]:
@@ -110,7 +122,7 @@ def receiver_steps(protocol: Protocol, state: State) -> Iterator[Step]:
     def step(action: str, **changes: object) -> Step:
         return Step("receiver", action, state._replace(receiver=me._replace(**changes)))
 
-    number = state.slot[0]
+    number, attempt = state.slot[0], state.slot[-1]
     newer = number > me.taken if protocol.takes_newer_alone else number != me.taken
     if me.pc == "look" and newer:
         early: dict[str, object] = {}
@@ -126,15 +138,17 @@ def receiver_steps(protocol: Protocol, state: State) -> Iterator[Step]:
         else:
             yield step(f"reads {copy[-1]}: whole", pc="give", copy=copy)
     if me.pc == "give":
-        given = me.copy if protocol.gives_out_the_copy else (me.number, *state.slot[1:])
-        changes = {"taken": me.number, "given": given, "before": me.taken}
+        given = me.copy if protocol.gives_out_the_copy else (me.number, *state.slot[1:-1])
+        changes = {"taken": me.number, "given": given, "before": me.taken, "attempt": attempt}
         yield step(f"gives out {me.number}", pc="look", copy=(), number=0, **changes)
+    if me.pc == "look" and number == me.taken > 0 and attempt != me.attempt and protocol.answers_another_attempt:
+        yield step(f"sees attempt {attempt}", attempt=attempt, answered=0)
     if me.answered != me.taken and protocol.answers_after_the_check:
         yield step(f"answers {me.taken}", answered=me.taken, answers=tuple(sorted((*me.answers, me.taken))))
 
 
-def landings(state: State) -> Iterator[Step]:
-    """What the network may do next: land any word of any Put."""
+def landings(protocol: Protocol, state: State) -> Iterator[Step]:
+    """What the network may do next: land any word of any Put, and another rank's answer."""
     for word in dict.fromkeys(state.sender.words):
         slot = (*state.slot[: word.position], word.value, *state.slot[word.position + 1 :])
         action = f"word {word.position} of value {word.value} lands"
@@ -143,6 +157,9 @@ def landings(state: State) -> Iterator[Step]:
     for number in dict.fromkeys(state.receiver.answers):
         receiver = state.receiver._replace(answers=_without(state.receiver.answers, number))
         yield Step("receiver", f"answer {number} lands", state._replace(answer=number, receiver=receiver))
+    if state.answer and state.overwritten < protocol.overwritten:
+        lost = state._replace(answer=0, overwritten=state.overwritten + 1)
+        yield Step("receiver", "an older answer lands over it", lost)
 
 
 def _without(all_of: tuple, one: object) -> tuple:
@@ -152,7 +169,7 @@ def _without(all_of: tuple, one: object) -> tuple:
 
 def successors(protocol: Protocol, state: State) -> tuple[Step, ...]:
     """Every transition that is enabled in a state."""
-    return (*sender_steps(protocol, state), *receiver_steps(protocol, state), *landings(state))
+    return (*sender_steps(protocol, state), *receiver_steps(protocol, state), *landings(protocol, state))
 
 
 def whole(protocol: Protocol, state: State) -> bool:
@@ -188,11 +205,12 @@ def delivered(protocol: Protocol, state: State) -> bool:
 
 
 def _calm(protocol: Protocol, state: State) -> State:
-    """After both sides have gone on and all has landed, with no repetition and no further post."""
+    """After both sides have gone on and all has landed, with no repetition, no further post, and nothing from others."""
+    calm = replace(protocol, overwritten=0)
     for _ in range(200):
         steps = [
             step
-            for step in (*landings(state), *receiver_steps(protocol, state), *sender_steps(protocol, state))
+            for step in (*landings(calm, state), *receiver_steps(protocol, state), *sender_steps(protocol, state))
             if not step.action.endswith("again") and not step.action.startswith("posts")
         ]
         if not steps:
@@ -211,7 +229,7 @@ def _calm(protocol: Protocol, state: State) -> State:
 
 def _torn_for_good(protocol: Protocol, state: State) -> bool:
     """Whether nothing is on its way, and the slot holds no message."""
-    return protocol.checks and state.slot != content(state.slot[0], protocol.words)
+    return protocol.checks and state.slot[:-1] != content(state.slot[0], protocol.words)
 
 
 INVARIANTS = {invariant.__name__: invariant for invariant in (whole, ordered, arrived, delivered)}
