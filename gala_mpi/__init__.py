@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gala_mpi.config import ConfigError
-    from gala_mpi.gossip.gossip import DivergedError, Gossip
+    from gala_mpi.gossip.consensus import DivergedError
+    from gala_mpi.gossip.gossip import Gossip
     from gala_mpi.gossip.node_gossip import NodeGossip
     from gala_mpi.gossip.topology import Topology, make_changing_topology, make_topology
     from gala_mpi.mpi.collective import DisagreementError
@@ -35,7 +36,7 @@ __all__ = [
 _HOME = {
     "ConfigError": "config",
     "DisagreementError": "mpi.collective",
-    "DivergedError": "gossip.gossip",
+    "DivergedError": "gossip.consensus",
     "Gossip": "gossip.gossip",
     "NoRoomError": "mpi.room",
     "NodeGossip": "gossip.node_gossip",

@@ -150,10 +150,12 @@ def _preflight(options: BenchOptions, topology: Topology, comm: Intracomm, libra
     """Where all ranks run. Raises UsageError where windows cannot be had. Collective."""
     from gala_mpi.doctor.preflight import ruinous
     from gala_mpi.gossip.mailbox import lay_out
+    from gala_mpi.gossip.mailboxes import gossip_bytes
 
     largest = 4 * max(options.parameters)
     sources = topology.in_neighbours(comm.rank)
-    need = lay_out([largest] * len(sources))[1] + lay_out([largest])[1]
+    # Beside gossip a mailbox of its own, into which and from which it copies.
+    need = gossip_bytes(largest, len(sources), 0) + lay_out([largest])[1]
     places: list[placement.Placed] = comm.allgather(placement.placed(platform.node(), os.environ))
     sharing = sum(place.node == places[comm.rank].node for place in places)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

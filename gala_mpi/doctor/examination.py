@@ -104,7 +104,7 @@ class Examination:
         if plan.firsts()[node] == self._rank:
             ranks = plan.ranks_of(node)
             watch.doing = f"looking at /dev/shm and the GPUs of {node}"
-            need = sum(need_bytes(self._parameters, self._edges, ranks))
+            need = sum(need_bytes(self._parameters, self._edges, plan.nodes, ranks))
             place = place_of_windows(library, os.environ)
             found.append(storage.shared_memory(room(place), need, ranks, library, place))
             found += devices.devices(ranks, library)
@@ -226,9 +226,10 @@ def versions(found: Sequence[dict[str, str]]) -> list[Finding]:
     return merge(findings)
 
 
-def need_bytes(parameters: int, edges: Sequence[links.Edge], ranks: Sequence[int]) -> list[int]:
-    """Bytes of the windows of `ranks`: three slots of float32 parameters for each in-neighbour."""
-    from gala_mpi.gossip.mailbox import lay_out
+def need_bytes(parameters: int, edges: Sequence[links.Edge], nodes: Sequence[str], ranks: Sequence[int]) -> list[int]:
+    """Bytes of the windows of `ranks`, on `nodes`, for gossip of so many float32 parameters."""
+    from gala_mpi.gossip.mailboxes import gossip_bytes
 
-    in_degrees = Counter(target for _, target in edges)
-    return [lay_out([4 * parameters] * in_degrees[rank])[1] for rank in ranks]
+    inline = Counter(target for origin, target in edges if nodes[origin] == nodes[target])
+    carried = Counter(target for origin, target in edges if nodes[origin] != nodes[target])
+    return [gossip_bytes(4 * parameters, inline[rank], carried[rank]) for rank in ranks]

@@ -8,8 +8,9 @@ of `background`.
 
 A target may die at any time, and on MPICH over libfabric the call that then starts an operation may never return: it
 tries to connect again and again, with the library locked. An operation already under way is merely never complete. So
-there one always is: a ping, a small read from each peer. When it is answered, whatever is due to that peer is started
-at once, and the next ping behind it. Only a death in those microseconds is met by a call.
+there one always is: a ping, a small read from each peer that there ever was something for. When it is answered,
+whatever is due to that peer is started at once, and the next ping behind it. Only a death in those microseconds is met
+by a call; and one before the first ping, so whoever begins with a peer has reason to think that it lives.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Peer:
         self.ends: tuple[End, ...] = ()
         self._word = np.zeros(1, np.int64)
         self._ping: Request | None = None
+        self._in_use = False
 
     def add(self, end: End) -> None:
         """Carry for one end more."""
@@ -79,11 +81,16 @@ class Peer:
         ends = self.ends
         for end in ends:
             end.look()
-        if self._ping is None or self._ping.Test():
+        if self._pings is None:
+            answered = True
+        else:
+            self._in_use = self._in_use or any(end.due for end in ends)
+            answered = self._ping is not None and self._ping.Test()
+        if answered:
             for end in ends:
                 end.start()
-            if self._pings is not None:
-                self._ping = self._pings.start_read(self._word, self.rank, 0)
+        if self._pings is not None and self._in_use and (answered or self._ping is None):
+            self._ping = self._pings.start_read(self._word, self.rank, 0)
 
     def settle(self, timeout_s: float) -> None:
         """Wait for what is under way, once the courier has ended."""

@@ -11,10 +11,11 @@ from mpi4py import MPI
 
 from gala_mpi import _native
 from gala_mpi.config import ExchangeConfig
+from gala_mpi.gossip.consensus import DivergedError
 from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.given import share_parameters
-from gala_mpi.gossip.gossip import DivergedError, ExchangeCounters, Gossip
-from gala_mpi.gossip.mailbox import lay_out
+from gala_mpi.gossip.gossip import ExchangeCounters, Gossip
+from gala_mpi.gossip.mailboxes import gossip_bytes
 from gala_mpi.gossip.neighbours import InNeighbour
 from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.gossip.roster import Roster
@@ -193,4 +194,6 @@ def window_bytes(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intraco
         return 0
     nodes = [str(leader) for leader in node_leaders(comm)]
     sources = topology_on_all_ranks(config.topology, comm, nodes).in_neighbours(comm.rank)
-    return lay_out([flat.size * _native.WIRE_ITEMSIZE[config.wire]] * len(sources))[1]
+    apart = [source for source in sources if nodes[source] != nodes[comm.rank]]
+    carried = {"inline": 0, "background": len(sources), "auto": len(apart)}[config.delivery]
+    return gossip_bytes(flat.size * _native.WIRE_ITEMSIZE[config.wire], len(sources) - carried, carried)

@@ -25,8 +25,11 @@ class Flat(Protocol):
     def host(self) -> npt.NDArray[np.float32]:
         """The values in host memory: themselves, or a fresh copy."""
 
-    def store_host(self) -> None:
-        """Take over what was written into the array that `host` gave."""
+    def store_host(self, *, alike: bool = False) -> None:
+        """Take over what was written into the array that `host` gave.
+
+        alike: to the last digit, so that ranks that have written the same hold the same, of whatever type it is.
+        """
 
 
 class FlatArray:
@@ -45,5 +48,5 @@ class FlatArray:
         """The array, (n,)."""
         return self._values
 
-    def store_host(self) -> None:
+    def store_host(self, *, alike: bool = False) -> None:
         """It is there already."""

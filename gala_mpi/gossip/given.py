@@ -57,6 +57,9 @@ def given_to_gossip(
         raise ValueError(f"max_staleness: {staleness!r} cannot be used; expected None or an integer of at least 0")
     if not (isinstance(timeout_s, int | float) and 0 < timeout_s < math.inf):
         raise ValueError(f"neighbour_timeout_s: {timeout_s!r} cannot be used; expected a number above 0")
+    if not isinstance(topology, str | Topology):
+        what = "make_changing_topology makes one of a function" if callable(topology) else "or a Topology"
+        raise ValueError(f"topology: {topology!r} cannot be used; expected a name, the path of an edge list, {what}")
     graph = known_here(topology, comm) if isinstance(topology, str) else topology
     if graph is not None and graph.size != comm.size:
         raise ValueError(f"topology: {graph.name!r} is one of {graph.size} ranks; expected one of {comm.size}")

@@ -28,14 +28,14 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gala_mpi import _native
-from gala_mpi.gossip.consensus import average_buffers, distance_to_mean, mean_of_all
+from gala_mpi.gossip.consensus import DivergedError, distance_to_mean, mean_buffers, mean_of_all, store_buffers
 from gala_mpi.gossip.courier import Courier
 from gala_mpi.gossip.flat import Flat
 from gala_mpi.gossip.given import WIRES, given_to_gossip, share_parameters
@@ -47,6 +47,7 @@ from gala_mpi.gossip.roster import Roster
 from gala_mpi.gossip.shared_topology import told_by_rank_0
 from gala_mpi.gossip.survivors import Survivors
 from gala_mpi.gossip.topology import PLACED, Topology, make_topology
+from gala_mpi.mpi.bounded import BoundedCollectives
 from gala_mpi.mpi.collective import ClosedTogether, alike_on_all_ranks
 from gala_mpi.mpi.room import NoRoomError
 from gala_mpi.mpi.waiting import wait_until
@@ -60,8 +61,14 @@ REST_S = 0.5
 log = logging.getLogger(__name__)
 
 
-class DivergedError(RuntimeError):
-    """This rank's parameters are not finite, and it is not to go on with those of a neighbour, or cannot."""
+class Part(Protocol):
+    """What an exchange is made of."""
+
+    def free(self) -> None:
+        """Collective."""
+
+
+AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 @dataclass
@@ -90,7 +97,7 @@ class ExchangeCounters:
 class Gossip(ClosedTogether):
     """Gossip of a model's trained parameters over a topology, for any training loop:
 
-        with Gossip(model, comm, topology="ring") as gossip:
+        with Gossip(model, comm) as gossip:
             ...
             optimizer.step(); gossip.step()
 
@@ -155,7 +162,11 @@ class Gossip(ClosedTogether):
         self.counters = ExchangeCounters()
         if broadcast:
             share_parameters(self._flat, self._comm)
+        self._parts: list[Part] = []
         self._own_courier = Courier(self._comm, delivery) if isinstance(delivery, str) else None
+        if self._own_courier is not None:
+            # The first to end: it works on the windows.
+            self._parts.append(self._own_courier)
         courier: Courier = self._own_courier or delivery  # type: ignore[assignment]
         self._courier = courier
         if topology in PLACED:
@@ -163,27 +174,32 @@ class Gossip(ClosedTogether):
         self.topology = graph
         nbytes = self._flat.size * _native.WIRE_ITEMSIZE[wire]
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
-        self._mailboxes = self._make_mailboxes(graph, nbytes)
+        try:
+            self._mailboxes = self._with(Mailboxes(self._comm, courier, graph, nbytes))
+            self._own_roster = None
+            if roster is None:
+                roster = self._own_roster = self._with(Roster(self._comm, courier, neighbour_timeout_s))
+            self._survivors = self._with(Survivors(self._comm, courier, graph, nbytes, roster))
+        except NoRoomError:
+            # Raised on all ranks: nothing is left behind.
+            self._free_parts()
+            raise
+        self._together = self._with(BoundedCollectives(self._comm, self.come_by))
         self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
         self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank), max_staleness)
         self.outboxes = self._mailboxes.outboxes
         self._targets = [graph.targets(comm.rank, turn + 1) for turn in range(graph.period)]
-        self._own_roster = Roster(self._comm, courier, neighbour_timeout_s) if roster is None else None
         self._came_by_s = -math.inf
-        around = self._own_roster or roster
-        assert around is not None
-        self._survivors = Survivors(self._comm, courier, graph, nbytes, around)
 
-    def _make_mailboxes(self, graph: Topology, nbytes: int) -> Mailboxes:
-        """The windows; where there is no room for them nothing is left behind. Collective."""
-        try:
-            return Mailboxes(self._comm, self._courier, graph, nbytes)
-        except NoRoomError:
-            # Raised on all ranks.
-            if self._own_courier is not None:
-                self._own_courier.free()
-            self._comm.Free()
-            raise
+    def _with(self, part: AnyPart) -> AnyPart:
+        self._parts.append(part)
+        return part
+
+    def _free_parts(self) -> None:
+        """Free what was made, the communicator last. Collective."""
+        for part in self._parts:
+            part.free()
+        self._comm.Free()
 
     @property
     def ways(self) -> dict[int, str]:
@@ -200,14 +216,11 @@ class Gossip(ClosedTogether):
         since they were not finite: the optimiser's state is then to be reset. Raises DivergedError, and RuntimeError
         if the model's parameters were moved or replaced since this object was made.
         """
-        if self._closed:
-            raise RuntimeError("the exchange is closed")
-        if self._model is not None:
-            self._flat.check(self._model)  # type: ignore[attr-defined]
+        self._check()
         self._update, self._agent_steps = self._update + 1, agent_steps
         with self.counters.timed():
             self._courier.check()
-            self._come_by(REST_S)
+            self.come_by(REST_S)
             self._follow()
             state = self._flat.host()
             found, wait = self._heard.look()
@@ -227,6 +240,12 @@ class Gossip(ClosedTogether):
             self._settle(taken)
         return False
 
+    def _check(self) -> None:
+        if self._closed:
+            raise RuntimeError("the exchange is closed")
+        if self._model is not None:
+            self._flat.check(self._model)  # type: ignore[attr-defined]
+
     @property
     def share(self) -> float:
         """The share of all ranks that take part, this one included: neither lost nor done, as far as it knows."""
@@ -244,7 +263,7 @@ class Gossip(ClosedTogether):
             source, inbox = self._survivors.source, self._survivors.inbox
             self._heard.stand_in(None if source is None or inbox is None else InNeighbour(source, inbox))
 
-    def _come_by(self, rest_s: float = SHORTEST_ROUND_S) -> None:
+    def come_by(self, rest_s: float = SHORTEST_ROUND_S) -> None:
         """Look after the roster, if nobody else does, and not after a shorter rest: a step may be a short one.
 
         Often enough that the neighbours of a node, which hear of it one after the other, do so well within the timeout.
@@ -270,30 +289,52 @@ class Gossip(ClosedTogether):
         return {"update": self._update, "counters": asdict(self.counters), "heard": heard}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, on this rank or on another one. Local."""
-        # Through JSON ranks become strings.
-        self.go_on_from(state["update"], {int(rank): update for rank, update in state["heard"].items()})
-        self.counters = ExchangeCounters(**state["counters"])
+        """Go on from what `state_dict` gave, on this rank or on another one. Local.
 
-    def average(self, *, buffers: bool = False, timeout_s: float = 600.0) -> None:
-        """Give all ranks the mean of their parameters, at the end of a run, say. Collective.
-
-        buffers: of the model's floating-point buffers too (running statistics, say); whole numbers stay each rank's.
-        Raises TimeoutError if some rank does not come within `timeout_s` seconds, and DisagreementError, on all ranks
-        and before anything is changed, if they do not have the same buffers; ValueError if there is no model.
+        Raises ValueError, and changes nothing, if it is no such state.
         """
-        if buffers:
-            average_buffers(self._model, self._comm, timeout_s)
+        try:
+            # Through JSON ranks become strings. A later version may count more.
+            heard = {int(rank): int(update) for rank, update in state["heard"].items()}
+            known = {field.name for field in fields(ExchangeCounters)}
+            counters = ExchangeCounters(**{name: value for name, value in state["counters"].items() if name in known})
+            update = int(state["update"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"no state of an exchange, as state_dict gives it: {type(error).__name__}: {error}"
+            ) from error
+        self.go_on_from(update, heard)
+        self.counters = counters
+
+    def average(self, *, buffers: bool = False, timeout_s: float = 600.0) -> bool:
+        """Give all ranks the mean of their parameters, the same to the last digit; at the end, say. Collective.
+
+        Ranks whose parameters are not finite are left out, and get the mean as well. Returns whether this is one of
+        them: its optimiser's state is then to be reset. buffers: take the mean of the model's floating-point buffers
+        too (running statistics, say), in which a value that is not finite is left out; whole numbers stay each rank's.
+
+        Until all have come, this rank is there for the others, but sends nothing. Raises TimeoutError if some rank does
+        not come within `timeout_s` seconds; after that this and `consensus_distance` raise RuntimeError, as they do
+        where `step` does. Raises DivergedError, on all ranks, if the parameters of none are finite; DisagreementError,
+        on all ranks, if they do not have the same buffers; ValueError if there is no model. If any of these is raised,
+        nothing was changed.
+        """
+        self._check()
         state = self._flat.host()
-        state[:] = mean_of_all(state, self._comm, timeout_s)
-        self._flat.store_host()
+        replaced = not _native.all_finite(state)
+        found = mean_buffers(self._model, state, self._together, timeout_s) if buffers else []
+        state[:] = mean_of_all(state, self._together, timeout_s)
+        self._flat.store_host(alike=True)
+        store_buffers(found)
+        return replaced
 
     def consensus_distance(self, timeout_s: float = 600.0) -> float:
         """How far ranks are apart: the root mean square of their L2 distances to the mean of all. Collective.
 
-        Raises TimeoutError if some rank does not come within `timeout_s` seconds.
+        Of the ranks whose parameters are finite. Raises as `average` does.
         """
-        return distance_to_mean(self._flat.host(), self._comm, timeout_s)
+        self._check()
+        return distance_to_mean(self._flat.host(), self._together, timeout_s)
 
     def give_up(self) -> None:
         """The others do not wait for this rank for ever."""
@@ -308,20 +349,14 @@ class Gossip(ClosedTogether):
     def arrived(self) -> bool:
         """Whether all that this rank has sent over the topology has arrived."""
         self._courier.check()
-        self._come_by()
+        self.come_by()
         return not any(outbox.pending for outbox in self.outboxes.values())
 
     def free(self) -> None:
         """Free the windows, the communicator, and the courier if it is this object's own. Collective."""
         self._closed = True
         self._heard.let_go()
-        if self._own_courier is not None:
-            self._own_courier.free()
-        self._mailboxes.free()
-        self._survivors.free()
-        if self._own_roster is not None:
-            self._own_roster.free()
-        self._comm.Free()
+        self._free_parts()
 
     def close(self, timeout_s: float = 600.0) -> None:
         """End the exchange: finish, wait for the other ranks, free. Collective; a second call does nothing.
@@ -339,7 +374,7 @@ class Gossip(ClosedTogether):
 
     def _all_met(self) -> bool:
         """Whether all ranks have come to the end. Each comes there once, though it may call `close` again."""
-        self._come_by()
+        self.come_by()
         if self._met is None:
             self._met = self._comm.Ibarrier()
         return bool(self._met.Test())
@@ -407,7 +442,7 @@ class Gossip(ClosedTogether):
 
         def look() -> bool:
             self._while_waiting()
-            self._come_by()
+            self.come_by()
             self._follow()
             return done()
 

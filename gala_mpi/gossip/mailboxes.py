@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 
+def gossip_bytes(nbytes: int, inline: int, carried: int) -> int:
+    """Size of the windows of a rank of gossip, for messages of `nbytes`, in bytes. Local.
+
+    By the number of in-neighbours whose messages come inline, and of those that a courier carries; and with the slot
+    that is for survivors.
+    """
+    by_courier = background.lay_out([nbytes] * carried, carried)[2] if carried else 0
+    return lay_out([nbytes] * inline)[1] + by_courier + background.lay_out([nbytes], 1)[2]
+
+
 class Graph(Protocol):
     """Who sends to whom, asked for one rank at a time; the same on all ranks. A Topology is one."""
 

@@ -5,7 +5,8 @@ and of waiting, until it is heard again. One that has finished leaves none any m
 
 Patience runs only while this rank looks. Between two looks it may have been stopped, for longer than the timeout, and
 those who wait for it meanwhile send nothing: of that time but a part of the timeout counts. Where updates are long, the
-parts add up.
+parts add up. In a topology of several rounds, in which a neighbour may send in one of them alone, the part is so many
+times smaller.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from gala_mpi.gossip.patience import MOST_AT_ONCE
 from gala_mpi.gossip.rules import Weights
 from gala_mpi.gossip.topology import mixing_weights
 
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from gala_mpi.gossip.background import BackgroundInbox
     from gala_mpi.gossip.mailbox import Inbox, Message
 
-# The share of the timeout that the time between two looks counts for at most: a rank is lost after five of them.
-MOST_OF_PATIENCE = 0.25
 log = logging.getLogger(__name__)
 
 
@@ -135,7 +135,7 @@ class InNeighbours:
         """Seconds that count; none at the first look, before which ranks are still being set up."""
         now = time.monotonic()
         before, self._looked_at_s = self._looked_at_s, now
-        return 0.0 if before is None else min(now - before, MOST_OF_PATIENCE * self._timeout_s)
+        return 0.0 if before is None else min(now - before, MOST_AT_ONCE * self._timeout_s / len(self._rounds))
 
     def take(self) -> tuple[list[Taken], int]:
         """The newest message of each that has sent one with parameters, and how many messages those replaced."""

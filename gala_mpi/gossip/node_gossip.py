@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from gala_mpi.gossip.consensus import average_buffers, mean_of_all
+from gala_mpi import _native
+from gala_mpi.gossip.consensus import DivergedError, distance_to_mean, mean_buffers, mean_of_all, store_buffers
 from gala_mpi.gossip.given import flat_of, layout_facts, share_parameters
-from gala_mpi.gossip.gossip import DivergedError, Gossip
+from gala_mpi.gossip.gossip import Gossip
 from gala_mpi.gossip.topology import Topology
+from gala_mpi.mpi.bounded import BoundedCollectives
 from gala_mpi.mpi.collective import ClosedTogether, DisagreementError, alike_on_all_ranks
 from gala_mpi.mpi.room import NoRoomError
 from gala_mpi.mpi.waiting import wait_until
@@ -77,17 +79,19 @@ class NodeGossip(ClosedTogether):
         # What is under way here meets nothing of the user's.
         self._comm = comm.Dup()
         here = comm.Split(node_leaders(comm)[comm.rank], comm.rank) if node is None else node.Dup()
-        self._node = cast("Intracomm", here)
         self._timeout_s, self._closed = node_timeout_s, False
+        self._inside = BoundedCollectives(cast("Intracomm", here), self._come_by)
+        self._together = BoundedCollectives(self._comm, self._come_by)
+        leads, self._weight = here.rank == 0, 1 / here.size
+        here.Free()
         self._met: Request | None = None
+        self.gossip: Gossip | None = None
         # Parameters, and what the leader tells.
         self._message = np.zeros(self._flat.size + 1, np.float32)
         if broadcast:
             share_parameters(self._flat, comm)
-        leads = self._node.rank == 0
         # Of leaders, and of all others.
         peers = cast("Intracomm", comm.Split(int(leads), comm.rank))
-        self.gossip: Gossip | None = None
         refusal: Exception | None = None
         if leads:
             try:
@@ -100,8 +104,7 @@ class NodeGossip(ClosedTogether):
         # Leaders are refused alike, and the others are to know.
         for found in comm.allgather(refusal):
             if found is not None:
-                self._node.Free()
-                self._comm.Free()
+                self._free()
                 raise found
 
     def step(self, agent_steps: int = 0) -> bool:
@@ -110,10 +113,7 @@ class NodeGossip(ClosedTogether):
         Returns and raises what `Gossip.step` does, on all ranks of the node alike; and TimeoutError if some rank of
         the node does not come within `node_timeout_s` seconds.
         """
-        if self._closed:
-            raise RuntimeError("the exchange is closed")
-        if self._model is not None:
-            self._flat.check(self._model)  # type: ignore[attr-defined]
+        self._check()
         self._take_mean()
         told, failure = USUAL, None
         if self.gossip is not None:
@@ -126,22 +126,32 @@ class NodeGossip(ClosedTogether):
             raise failure or DivergedError("the parameters of this node are not finite, and its leader found no others")
         return told == REPLACED
 
-    def average(self, *, buffers: bool = False, timeout_s: float = 600.0) -> None:
-        """Give all ranks the mean over all nodes; `buffers` as of `Gossip.average`. Collective, raises as that does."""
-        if buffers:
-            average_buffers(self._model, self._comm, timeout_s)
-        self._take_mean()
+    def _check(self) -> None:
+        if self._closed:
+            raise RuntimeError("the exchange is closed")
+        if self._model is not None:
+            self._flat.check(self._model)  # type: ignore[attr-defined]
+
+    def _come_by(self) -> None:
+        """A leader that waits for its node, or for all, is there for the leaders of others."""
         if self.gossip is not None:
-            self.gossip.average(timeout_s=timeout_s)
-        self._hand_round(USUAL)
+            self.gossip.come_by()
+
+    def average(self, *, buffers: bool = False, timeout_s: float = 600.0) -> bool:
+        """Give all ranks the mean over all nodes, each node's that over its ranks: as `Gossip.average`. Collective."""
+        self._check()
+        state = self._flat.host()
+        replaced = not _native.all_finite(state)
+        found = mean_buffers(self._model, state, self._together, timeout_s, self._weight) if buffers else []
+        state[:] = mean_of_all(state, self._together, timeout_s, self._weight)
+        self._flat.store_host(alike=True)
+        store_buffers(found)
+        return replaced
 
     def consensus_distance(self, timeout_s: float = 600.0) -> float:
         """How far the leaders are apart, as `Gossip` has it. Collective, raises as that does."""
-        distance = np.zeros(1)
-        if self.gossip is not None:
-            distance[0] = self.gossip.consensus_distance(timeout_s)
-        self._from_leader(distance)
-        return float(distance[0])
+        self._check()
+        return distance_to_mean(self._flat.host(), self._together, timeout_s, float(self.gossip is not None))
 
     def state_dict(self) -> dict[str, Any]:
         """What a restart goes on from: the leader's, and empty on all other ranks. Local."""
@@ -153,29 +163,23 @@ class NodeGossip(ClosedTogether):
             self.gossip.load_state_dict(state)
 
     def _take_mean(self) -> None:
-        if self._node.size > 1:
+        if self._inside.size > 1:
             state = self._flat.host()
-            state[:] = mean_of_all(state, self._node, self._timeout_s)
+            state[:] = self._inside.sum(state / np.float32(self._inside.size), self._timeout_s, "step of this node")
             self._flat.store_host()
 
     def _hand_round(self, told: float) -> float:
         """Give the node the leader's parameters, and a number, which is returned."""
-        if self._node.size == 1:
+        if self._inside.size == 1:
             return told
         state = self._flat.host()
-        if self._node.rank == 0:
+        if self._inside.rank == 0:
             self._message[:-1], self._message[-1] = state, told
-        self._from_leader(self._message)
-        if self._node.rank > 0:
+        self._inside.give(self._message, self._timeout_s, "step of this node")
+        if self._inside.rank > 0:
             state[:] = self._message[:-1]
             self._flat.store_host()
         return float(self._message[-1])
-
-    def _from_leader(self, values: npt.NDArray[Any]) -> None:
-        """Give the node what its leader has in `values`."""
-        request = self._node.Ibcast(values, root=0)
-        if not wait_until(request.Test, self._timeout_s):
-            raise TimeoutError(f"some rank of this node has not come within {self._timeout_s:g} s")
 
     def close(self, timeout_s: float = 600.0) -> None:
         """End the exchange. Collective; a second call does nothing. Raises TimeoutError as `Gossip.close` does."""
@@ -188,6 +192,11 @@ class NodeGossip(ClosedTogether):
         self._met = self._met or self._comm.Ibarrier()
         if not wait_until(self._met.Test, max(end - time.monotonic(), 0.0)):
             raise TimeoutError(f"some rank has not come to the end of the exchange within {timeout_s:g} s")
+        self._free()
+
+    def _free(self) -> None:
+        """Free the communicators. Collective."""
         self._closed = True
-        self._node.Free()
+        self._inside.free()
+        self._together.free()
         self._comm.Free()

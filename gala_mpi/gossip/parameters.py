@@ -117,7 +117,7 @@ class FlatParameters:
         self._host.copy_(self.data)
         return self._host.numpy()
 
-    def store_host(self) -> None:
+    def store_host(self, *, alike: bool = False) -> None:
         """Take over what was written into the array that `host` gave."""
         if self._host is not None:
             self.data.copy_(self._host)
@@ -155,11 +155,11 @@ class FlatCopy:
             view.copy_(parameter.detach())
         return self._copy.numpy()
 
-    def store_host(self) -> None:
-        """Take over what was written into the array that `host` gave."""
+    def store_host(self, *, alike: bool = False) -> None:
+        """Take over what was written into the array that `host` gave; `alike`: with no digits of this rank's own."""
         for view, parameter in zip(self._views, self._parameters, strict=True):
             values, wanted = parameter.detach(), view.to(parameter.device, parameter.dtype)
-            if parameter.dtype == torch.float64:
+            if parameter.dtype == torch.float64 and not alike:
                 digits = values - values.float().double()
                 # Of a value far from the new one they would be no last digits any more.
                 wanted = torch.where(digits.abs() <= LAST_DIGIT * wanted.abs(), wanted + digits, wanted)

@@ -13,8 +13,10 @@ Inside a node rows lie in memory that its ranks share (`shared_rows`). Between n
 
 Three ranks of a node are its heirs (`news`), and each has a mailbox from each heir of each neighbouring node, over an
 exponential graph of nodes in both directions. The leader is the lowest heir that does not waver, that is, was not
-silent for a quarter of the timeout. It alone sends, and in each round all rows to one of its neighbours, in turn:
-there to the lowest heir that does not waver, or to all if all do. Heirs take what comes whether they lead or not. So
+silent for a quarter of the timeout. It alone sends, and in each round all rows to one of its neighbours, in turn
+(where an update is longer than a round, for all rounds that have passed):
+there to the lowest heir that does not waver, or to the one that it sent to last if all do: that may be a node that is
+dead, whose other heirs nobody should begin with. Heirs take what comes whether they lead or not. So
 a leader's death stops its node's news for a quarter of the timeout, not long enough for anybody else to be lost; that
 two lead at once (each sees the other as it was) does no harm, see `shared_rows`. Ranks of a node that has lost all
 heirs, and those elsewhere, are lost to each other.
@@ -53,7 +55,7 @@ from gala_mpi.gossip.mailboxes import Mailboxes
 from gala_mpi.gossip.news import ROW_BYTES, ROW_WORDS, Heirs, heirs_among, round_s
 from gala_mpi.gossip.patience import Patience
 from gala_mpi.gossip.shared_rows import BEAT, FLAGS, Rows, SharedRows, merge, shared_bytes
-from gala_mpi.mpi.room import ask_for_room
+from gala_mpi.mpi.room import NoRoomError, ask_for_room
 from gala_mpi.mpi.window import PAGE_BYTES, Window
 from gala_mpi.units import spans
 
@@ -94,9 +96,15 @@ class Roster:
         self._shared = SharedRows(self._window, here, comm.size, heirs_here)
         self._mailboxes: Mailboxes | None = None
         if self._neighbours:
-            self._mailboxes = Mailboxes(comm, courier, heirs, self.rows.nbytes)
+            try:
+                self._mailboxes = Mailboxes(comm, courier, heirs, self.rows.nbytes)
+            except NoRoomError:
+                self.free()
+                raise
         self._is_heir, self._heirs_before = number in heirs_here, [here[heir] for heir in heirs_here if heir < number]
         self._round_s = round_s(comm.size, len(self._neighbours), timeout_s)
+        # For each neighbour, by its first heir, the heir that was sent to last.
+        self._sent_to: dict[int, int] = {}
         self._next, self._sent_at_s, self._told_at_s = 0, 0.0, 0.0
         # Sums of all flags now, when `gone` was found, and when they were told: as flags only rise, so do sums of them.
         self._flags = self._settled = self._told = 0
@@ -178,9 +186,12 @@ class Roster:
         if self._flags != self._told and now_s - self._told_at_s >= self._round_s:
             self._tell(now_s)
         elif now_s - self._sent_at_s >= self._round_s:
+            # Where updates are longer than a round, as many as it would have been.
+            due = min(int((now_s - self._sent_at_s) / self._round_s), len(self._neighbours))
             self._sent_at_s = now_s
-            self._send(self._neighbours[self._next])
-            self._next = (self._next + 1) % len(self._neighbours)
+            for _ in range(due):
+                self._send(self._neighbours[self._next])
+                self._next = (self._next + 1) % len(self._neighbours)
 
     def _tell(self, now_s: float) -> None:
         self._sent_at_s = self._told_at_s = now_s
@@ -192,9 +203,9 @@ class Roster:
         """Send all rows to a node."""
         assert self._mailboxes is not None
         firm = [heir for heir in heirs if not self._patience.wavers(heir)]
-        for target in firm[:1] or heirs:
-            outbox = self._mailboxes.outboxes[target]
-            outbox.post(self.rows, update=int(self.mine[BEAT]), time_s=time.time(), agent_steps=0)
+        target = self._sent_to[heirs[0]] = firm[0] if firm else self._sent_to.get(heirs[0], heirs[0])
+        outbox = self._mailboxes.outboxes[target]
+        outbox.post(self.rows, update=int(self.mine[BEAT]), time_s=time.time(), agent_steps=0)
 
     def free(self) -> None:
         """Free the windows. Collective, once all have met."""

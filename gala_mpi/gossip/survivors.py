@@ -17,14 +17,14 @@ learner itself carries these messages, else the courier.
 Numbers rise over all ranks that this one sends to, so that the answer of an earlier one is none to a later message. It
 may land over the answer to that, which then comes again (see `background`).
 
-Growth: a slot and a word in the window, whatever the number of ranks, of which no page is touched before it is used;
-beside that three snapshots for each rank that is sent to, and three copies for each that is heard.
+Growth: a slot and a word in the window, whatever the number of ranks. They are there from the start, used or not:
+memory that is asked for only when a rank is lost may not be there then, which would end the process. Beside that three
+snapshots for each rank that is sent to, and three copies for each that is heard.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, TypeVar
 
 from gala_mpi.gossip.background import BackgroundInbox, BackgroundOutbox, End, lay_out
@@ -32,8 +32,8 @@ from gala_mpi.gossip.connectivity import ring_neighbours
 from gala_mpi.gossip.courier import Courier, Peer
 from gala_mpi.gossip.roster import Roster
 from gala_mpi.gossip.topology import Topology
-from gala_mpi.mpi.room import place_of_windows, room
-from gala_mpi.mpi.window import PAGE_BYTES, Window, library_version
+from gala_mpi.mpi.room import ask_for_room
+from gala_mpi.mpi.window import PAGE_BYTES, Window
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -43,7 +43,10 @@ log = logging.getLogger(__name__)
 
 
 class Survivors:
-    """This rank's part in that ring. Making and freeing it are collective; all else is local."""
+    """This rank's part in that ring. Making and freeing it are collective; all else is local.
+
+    Raises NoRoomError, on all ranks, if the shared memory of some node has no room for it.
+    """
 
     def __init__(self, comm: Intracomm, courier: Courier, topology: Topology, nbytes: int, roster: Roster) -> None:
         self._rank, self._courier, self._topology, self._roster = comm.rank, courier, topology, roster
@@ -51,9 +54,9 @@ class Survivors:
         (self._slot,), (self._answer,), total_bytes = lay_out([nbytes], 1)
         self._nbytes = nbytes
         shared = len(set(courier.leaders)) == 1 and not courier.needed
-        # The answer's page, and that in which the slot begins with its header.
-        self._window = Window(comm, total_bytes, shared=shared, cleared_bytes=2 * PAGE_BYTES)
-        self._place = place_of_windows(library_version(), os.environ) if shared else None
+        # A window has a page more than it is asked for.
+        ask_for_room(comm, courier.leaders, total_bytes + PAGE_BYTES)
+        self._window = Window(comm, total_bytes, shared=shared)
         self._peers: dict[int, Peer] = {}
         self._outboxes: dict[int, BackgroundOutbox] = {}
         self._inboxes: dict[int, BackgroundInbox] = {}
@@ -95,7 +98,7 @@ class Survivors:
                 inbox = BackgroundInbox(self._window, before, self._slot, self._answer, self._nbytes)
                 self._inboxes[before] = self._add(inbox, before)
             self.inbox = self._inboxes[before]
-        if after is not None and self._has_room():
+        if after is not None:
             if after not in self._outboxes:
                 outbox = BackgroundOutbox(self._window, after, self._slot, self._answer, self._nbytes)
                 self._outboxes[after] = self._add(outbox, after)
@@ -111,16 +114,6 @@ class Survivors:
         known = self._peers.setdefault(peer, Peer(peer, None))
         known.add(end)
         return end
-
-    def _has_room(self) -> bool:
-        """Whether a slot that may never have been written can be: where there is no room, a store ends the process."""
-        if self._place is None:
-            return True
-        found = room(self._place)
-        enough = found is None or found.free > len(self._roster.gone) * self._nbytes
-        if not enough:
-            log.warning("ranks that are gone have cut the topology, and %s is too full to mend it", self._place)
-        return enough
 
     def free(self) -> None:
         """Free the window. Collective."""

@@ -59,6 +59,8 @@ PLACED = (AUTO, HIERARCHICAL)
 """Topologies that depend on the placement of ranks on nodes."""
 # Up to 8 ranks a ring is worth 88 % of them or more, at 12 it is 75 % (effective neighbours at gamma = 0.99).
 RING_SERVES = 8
+# The effective neighbours of rings, however long they are, at gamma 0.99; of a star there are fewer the larger it is.
+RING_GAINS = {"ring": 11, "bidirectional-ring": 18}
 RING_WARNING_FROM = 16
 
 TOPOLOGIES: dict[str, Callable[[int], Rule]] = {
@@ -192,11 +194,12 @@ def chosen(size: int, nodes: Sequence[str] | None = None) -> str:
 
 def warning_of(topology: Topology) -> str | None:
     """What speaks against this topology at its size, if anything does."""
-    if topology.name != RING or topology.size < RING_WARNING_FROM:
+    gains = RING_GAINS.get(topology.name)
+    if gains is None or topology.size < RING_WARNING_FROM * gains / RING_GAINS[RING]:
         return None
     return (
-        f"a ring of {topology.size} ranks mixes slowly: however long it is, a rank gains from about 11 of them "
-        f"(--topology {AUTO} chooses by the number of ranks)"
+        f"a {topology.name.replace('-', ' ')} of {topology.size} ranks mixes slowly: however long it is, a rank gains "
+        f"from about {gains} of them (--topology {AUTO} chooses by the number of ranks)"
     )
 
 

@@ -133,15 +133,19 @@ def _summary(measures: GraphMeasures) -> Table:
     table.add_row("diameter", str(measures.diameter))
     table.add_row(
         "doubly stochastic",
-        "yes: mixing keeps the mean of all ranks"
+        "yes: in lockstep, mixing keeps the mean of all ranks"
         if measures.doubly_stochastic
-        else "no: mixing tends to a weighted mean of the ranks",
+        else "no: even in lockstep, mixing tends to a weighted mean of the ranks",
     )
     gap = f"not computed for this kind above {DENSE_LIMIT} ranks"
     if measures.spectral_gap is not None:
         gap = f"{measures.spectral_gap:.4g}"
         if measures.rotating:
-            gap += " per update" if measures.spectral_gap < 1 else f": consensus after {measures.period} updates"
+            gap += (
+                " per update"
+                if measures.spectral_gap < 1
+                else f": in lockstep, consensus after {measures.period} updates"
+            )
     table.add_row("spectral gap", gap)
     table.add_row(
         "effective neighbours",

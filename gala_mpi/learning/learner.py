@@ -83,6 +83,8 @@ class Learner:
         """The age of the state in updates, which the warm-up goes by. Checkpoints give it back too."""
         self.share = 1.0
         """The share of all ranks that takes part still; a rate that is scaled for all goes down by its square root."""
+        self.enough = 1.0
+        """The share from which on it need not: that of the ranks that the rate is for."""
 
     def forget(self) -> None:
         """Reset the optimiser's state, and begin the warm-up anew, as after parameters that were not finite."""
@@ -109,7 +111,7 @@ class Learner:
     def _rate_at(self, progress: float) -> float:
         config, rate = self._config, self._learning_rate
         if config.learning_rate_scaling != "none":
-            rate *= math.sqrt(self.share)
+            rate *= math.sqrt(min(self.share / self.enough, 1.0))
         if self.updates < config.learning_rate_warmup and rate > config.learning_rate:
             rate = config.learning_rate + (rate - config.learning_rate) * self.updates / config.learning_rate_warmup
         return rate * max(1 - progress, 0) if config.learning_rate_decay == "linear" else rate

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from gala_mpi.config import UsageError
+from gala_mpi.user_code import kind_and_text
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -56,20 +57,25 @@ def on_all_ranks(comm: Intracomm, make: Callable[[], T]) -> T:
 def alike_on_all_ranks(comm: Intracomm, make: Callable[[], tuple[T, dict[str, object]]]) -> T:
     """What `make` gives on this rank, if the facts that it gives beside it are the same on all ranks. Collective.
 
-    Raises DisagreementError on all ranks if one raised ValueError or UsageError, or if a fact differs.
+    Raises DisagreementError on all ranks if one raised anything but an error of MPI's, or if a fact differs.
     """
     made: list[T] = []
     refusal: str | None = None
+    failure: Exception | None = None
     facts: dict[str, object] = {}
     try:
         result, facts = make()
         made.append(result)
     except (ValueError, UsageError) as error:
         refusal = str(error)
+    except Exception as error:
+        if hasattr(error, "Get_error_class"):
+            raise
+        refusal, failure = kind_and_text(error), error
     found = comm.allgather((refusal, facts))
     for rank, (problem, _) in enumerate(found):
         if problem is not None:
-            raise DisagreementError(f"rank {rank}: {problem}")
+            raise DisagreementError(f"rank {rank}: {problem}") from failure
     for name, value in found[0][1].items():
         for rank, (_, others) in enumerate(found):
             if others[name] != value:

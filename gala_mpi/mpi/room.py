@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
 
 SHARED_MEMORY = Path("/dev/shm")
-# Open MPI's own setting, which moves its windows elsewhere.
+# Open MPI's own settings, which move its windows elsewhere: those of one node, and those of a job over several.
 MOVED_BY = "OMPI_MCA_osc_sm_backing_directory"
+FAR_ONES_MOVED_BY = "OMPI_MCA_osc_rdma_backing_directory"
 # Beyond this share of what is free, other users of it (MPI's own queues, torch) may not find room.
 TIGHT = 0.8
 
@@ -66,7 +67,7 @@ def enlarge(found: Room | None, need: int, library: str) -> str:
     size = f"{-(-int(used + need / TIGHT) // 2**20)}m"
     fix = f"docker run --shm-size={size} (or --ipc=host); as root: mount -o remount,size={size} {SHARED_MEMORY}"
     if family(library) == "openmpi":
-        fix += f"; or a local disk: export {MOVED_BY}=/tmp"
+        fix += f"; or a local disk: export {MOVED_BY}=/tmp {FAR_ONES_MOVED_BY}=/tmp"
     return f"{fix}; or fewer ranks a node"
 
 

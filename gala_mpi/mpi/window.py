@@ -69,13 +69,9 @@ class Window:
     A `shared` window is one over ranks of one node: what a rank writes it stores there itself, and its atomics are the
     processor's. Stores, then Win_sync, then an atomic on one side; the atomic, then Win_sync, then loads on the other:
     so the loads see the stores, by MPI-4.1, section 12.7, and by C11 too, as the atomics are sequentially consistent.
-
-    With `cleared_bytes` only so much of the memory is zeroed, from its beginning, and no page behind that is touched.
     """
 
-    def __init__(
-        self, comm: MPI.Intracomm, nbytes: int, *, shared: bool = False, cleared_bytes: int | None = None
-    ) -> None:
+    def __init__(self, comm: MPI.Intracomm, nbytes: int, *, shared: bool = False) -> None:
         info = MPI.Info.Create()
         info.Set("same_disp_unit", "true")
         info.Set("mpi_minimum_memory_alignment", str(PAGE_BYTES))
@@ -106,7 +102,7 @@ class Window:
         self._word = np.zeros(1, np.int64)
         self._result = np.zeros(1, np.int64)
         self.rank = comm.rank
-        self._memory[:cleared_bytes] = 0
+        self._memory[:] = 0
         self._win.Lock_all(MPI.MODE_NOCHECK)
         # Win_sync orders the stores above before other ranks' accesses; legal only inside the epoch.
         self._win.Sync()

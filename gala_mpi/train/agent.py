@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gala_mpi.config import TrainConfig
+from gala_mpi.gossip.consensus import DivergedError
 from gala_mpi.gossip.exchange import Exchange
-from gala_mpi.gossip.gossip import DivergedError
 from gala_mpi.mpi.waiting import Watchdog, wait_until
 from gala_mpi.mpi.window import MpiError
 from gala_mpi.storage.lease import Lease

@@ -40,6 +40,7 @@ from gala_mpi.train.preparation import (
     make_generator,
     make_policy,
     place,
+    ranks_that_count,
     take_process_back,
     threads_asked_for,
     within_memory,
@@ -113,8 +114,10 @@ def _around(
     courier, board, exchange = _open_windows(config, comm, info, lease, watchdog, flat)
     waits = config.run.profile and device.type == "cuda"
     stopwatch = Stopwatch(torch.cuda.synchronize if waits else None)
-    rate, average = learning_rate(config, comm, exchange.topology), exchange.average_gradient
-    learner = learner_class(device)(flat, config.learner, rate, average, stopwatch)
+    counted = ranks_that_count(config, comm, exchange.topology)
+    rate = learning_rate(config, counted)
+    learner = learner_class(device)(flat, config.learner, rate, exchange.average_gradient, stopwatch)
+    learner.enough = counted / comm.size
     keep = config.record.keep_checkpoints
     folder = on_all_ranks(comm, lambda: make_checkpoint_folder(info.folder, comm.rank, keep))
     resumption = _find_checkpoints(config, comm, info, learner, flat, exchange, rate) if info.segment else None

@@ -60,17 +60,21 @@ def look_ahead(comm: Intracomm, nbytes: int, folder: Path) -> None:
             log.warning("%s; what helps: %s", finding.message, finding.fix)
 
 
-def learning_rate(config: TrainConfig, comm: Intracomm, topology: Topology | None) -> float:
-    """The learning rate of a run whose ranks share what they learn over `topology`, if they do. Collective."""
-    scaling = config.learner.learning_rate_scaling
-    if scaling == "none":
-        return config.learner.learning_rate
-    ranks: float = comm.size
-    if scaling == "effective" and config.exchange.exchange == "none":
-        ranks = 1
-    elif scaling == "effective" and topology is not None:
+def ranks_that_count(config: TrainConfig, comm: Intracomm, topology: Topology | None) -> float:
+    """The number of ranks by which the rate goes, where ranks share over `topology` what they learn. Collective."""
+    if config.learner.learning_rate_scaling == "effective" and config.exchange.exchange == "none":
+        return 1.0
+    if config.learner.learning_rate_scaling == "effective" and topology is not None:
         # One rank: it takes the whole graph.
-        ranks = comm.bcast(effective_neighbours(topology) if comm.rank == 0 else None)
+        ranks: float = comm.bcast(effective_neighbours(topology) if comm.rank == 0 else None)
+        return ranks
+    return float(comm.size)
+
+
+def learning_rate(config: TrainConfig, ranks: float) -> float:
+    """The learning rate of a run in which so many ranks count. Local."""
+    if config.learner.learning_rate_scaling == "none":
+        return config.learner.learning_rate
     return config.learner.learning_rate * math.sqrt(config.environment.simulators * ranks / REFERENCE_SIMULATORS)
 
 

@@ -205,7 +205,7 @@ def delivered(protocol: Protocol, state: State) -> bool:
 
 
 def _calm(protocol: Protocol, state: State) -> State:
-    """After both sides have gone on and all has landed, with no repetition, no further post, and nothing from others."""
+    """After both sides have gone on and all has landed, with no repetition and no post, and nothing of others."""
     calm = replace(protocol, overwritten=0)
     for _ in range(200):
         steps = [

@@ -40,6 +40,7 @@ BROKEN = {
     "GivesOutTheSlot": "a message changed while held",
     "TakesWithoutACheck": "a torn message|an older message after a newer one",
     "AnswersBeforeItHasTaken": "called arrived before it was|a message has not arrived",
+    "NeverAnswersAgain": "a message has not arrived",
 }
 
 

@@ -181,3 +181,15 @@ def test_when_all_are_lost_or_done_nobody_is_left(rank: Rank) -> None:
     assert not rank.looks.all_silent
     rank.all[1].finished = True
     assert rank.looks.all_silent
+
+
+@pytest.mark.parametrize("update_s", [1.0, 9.0, 50.0])
+def test_who_sends_once_a_period_is_not_lost_in_between(rank: Rank, update_s: float) -> None:
+    period = 8
+    rank.bound(None, [{0: 0.5} if turn % 2 else {1: 0.5} for turn in range(period)])
+    lost = []
+    for look in range(20 * period):
+        rank.heard.holds = look % period == 3
+        lost.append(rank.look_after(update_s))
+    assert not any(heard for heard, _ in lost)
+    assert lost[-1][1] and not any(silent for _, silent in lost[: int(TIMEOUT_S / update_s)])

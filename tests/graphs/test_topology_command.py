@@ -32,7 +32,7 @@ def test_the_text_shows_the_measures_and_the_adjacency_picture() -> None:
     assert lines[0] == "hierarchical: 6 ranks on 2 nodes"
     assert "edges 16, of them 4 between nodes" in lines
     assert "in-degree 2 to 3" in lines
-    assert "doubly stochastic yes: mixing keeps the mean of all ranks" in lines
+    assert "doubly stochastic yes: in lockstep, mixing keeps the mean of all ranks" in lines
     assert "messages per update 8, of them 2 between nodes (mean over a period of 2" in lines
     assert "0 node0 \\ooX.. 3 3 1 2 3 0.1 or 0.5 0.4 or 0.5" in lines
     assert "5 node1 ...oo\\ 2 2 3 4 0.5 0.5" in lines

@@ -345,12 +345,22 @@ def test_the_learning_rate_rises_to_the_scaled_one(scaled: float, warmup: int, e
     assert taken == pytest.approx([*expected, expected[0]])
 
 
-@pytest.mark.parametrize(("scaling", "factor"), [("sqrt", 0.5), ("effective", 0.5), ("none", 1.0)])
-def test_a_scaled_learning_rate_follows_the_ranks_that_are_there(scaling: Any, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("scaling", "enough", "factor"),
+    [
+        ("sqrt", 1.0, 0.5),
+        ("effective", 1.0, 0.5),
+        ("effective", 0.5, 0.5**0.5),
+        ("effective", 0.1, 1.0),
+        ("none", 1.0, 1.0),
+    ],
+)
+def test_a_scaled_learning_rate_follows_the_ranks_that_are_there(scaling: Any, enough: float, factor: float) -> None:
+    """But those that are left may be more still than a rank gains from."""
     config = LearnerConfig(learning_rate=1e-3, learning_rate_warmup=0, learning_rate_scaling=scaling)
     learner = Learner(FlatParameters(torch.nn.Linear(1, 1)), config, 2e-3)
     assert learner._rate_at(0.0) == 2e-3
-    learner.share = 0.25
+    learner.share, learner.enough = 0.25, enough
     assert learner._rate_at(0.0) == pytest.approx(2e-3 * factor)
 
 

@@ -174,11 +174,12 @@ from dataclasses import replace
 from mpi4py import MPI
 from gala_mpi.config import ExchangeConfig, LearnerConfig, TrainConfig
 from gala_mpi.gossip.topology import make_topology
-from gala_mpi.train.preparation import learning_rate
+from gala_mpi.train.preparation import learning_rate, ranks_that_count
 
 def rate(scaling, exchange, topology):
     learner, exchange = LearnerConfig(learning_rate=1.0, learning_rate_scaling=scaling), ExchangeConfig(exchange)
-    return learning_rate(replace(TrainConfig(), learner=learner, exchange=exchange), MPI.COMM_WORLD, topology)
+    config = replace(TrainConfig(), learner=learner, exchange=exchange)
+    return learning_rate(config, ranks_that_count(config, MPI.COMM_WORLD, topology))
 
 ring, complete = make_topology("ring", 1024), make_topology("complete", 1024)
 found = [rate("none", "gossip", ring), rate("sqrt", "gossip", ring) ** 2, rate("sqrt", "none", None) ** 2]

@@ -188,6 +188,14 @@ class AnswersBeforeItHasTaken(BackgroundInbox):
         self._taken = taken
 
 
+class NeverAnswersAgain(BackgroundInbox):
+    """Wrong: answers each message once, whatever becomes of the answer."""
+
+    def look(self) -> None:
+        super().look()
+        self._answer_again = False
+
+
 BROKEN_OUTBOXES = {
     kind.__name__: kind for kind in (KeepsItsSlot, PublishesFirst, PublishesHalf, KeepsTheOldest, PostsToAnother)
 }
@@ -205,5 +213,6 @@ BROKEN_BACKGROUND_OUTBOXES = {
 }
 BROKEN_INBOXES = {kind.__name__: kind for kind in (ReadsInPlace,)}
 BROKEN_BACKGROUND_INBOXES = {
-    kind.__name__: kind for kind in (GivesOutTheSlot, TakesWithoutACheck, TakesOlderOnesToo, AnswersBeforeItHasTaken)
+    kind.__name__: kind
+    for kind in (GivesOutTheSlot, TakesWithoutACheck, TakesOlderOnesToo, AnswersBeforeItHasTaken, NeverAnswersAgain)
 }

@@ -23,6 +23,7 @@ from mpi4py import MPI
 from torch import nn
 
 import gala_mpi
+from gala_mpi.gossip.shared_rows import BEAT
 from gala_mpi.gossip.topology import Topology, make_topology
 
 # Those of the scenarios that run.
@@ -300,6 +301,8 @@ def what_cannot_be_used_is_refused_on_all_ranks() -> None:
         refused(text, lambda model=model: gala_mpi.Gossip(only_last(model, nn.Linear(2, 2)), COMM))
     for name, value, good in (
         ("topology", "triangle", "ring"),
+        ("make_changing_topology", lambda update: [], "ring"),
+        ("topology", None, "ring"),
         ("topology", make_topology("ring", SIZE + 1), "ring"),
         ("wire", "float8", "float32"),
         ("delivery", "pigeon", "auto"),
@@ -307,8 +310,9 @@ def what_cannot_be_used_is_refused_on_all_ranks() -> None:
         ("max_staleness", -1, 3),
         ("neighbour_timeout_s", 0.0, 60.0),
     ):
-        options = {name: only_last(value, good)}
+        options = {"topology" if callable(value) else name: only_last(value, good)}
         refused(name, lambda options=options: gala_mpi.Gossip(nn.Linear(2, 2), COMM, **options))
+    refused("has no attribute", lambda: gala_mpi.Gossip(only_last(None, nn.Linear(2, 2)), COMM))
 
 
 def what_differs_between_ranks_is_refused_on_all() -> None:
@@ -446,6 +450,13 @@ def a_restart_goes_on_from_what_each_rank_had() -> None:
         assert (gossip.counters.messages_sent > 0) == (SIZE > 1)
         gossip.step()
         assert gossip.state_dict()["update"] == 6
+        before = json.dumps(gossip.state_dict())
+        for wrong in ({}, {**saved, "heard": None}, {**saved, "update": "soon"}):
+            with raises(ValueError, "no state of an exchange"):
+                gossip.load_state_dict(wrong)
+        assert json.dumps(gossip.state_dict()) == before
+        # What a later version counts is no hindrance.
+        gossip.load_state_dict({**saved, "counters": {**saved["counters"], "messages_read_aloud": 3}})
     with raises(gala_mpi.DisagreementError, "broadcast") if SIZE > 1 else nullcontext():
         gala_mpi.Gossip(rank_model(), COMM, broadcast=RANK == 0).close()
 
@@ -461,6 +472,96 @@ def the_mean_of_all_ranks_is_the_mean_and_they_are_apart_from_it_by_the_distance
             assert np.allclose(vector(model), expected.mean(0), rtol=0, atol=1e-6)
             assert (on_all(model) == vector(model)).all()
             assert gossip.consensus_distance() < 1e-5
+
+
+def who_has_diverged_is_left_out_of_the_mean_and_gets_it() -> None:
+    model = rank_model()
+    expected = on_all(model)[: max(LAST, 1)]
+    with gala_mpi.Gossip(model, COMM, broadcast=False) as gossip:
+        if SIZE > 1:
+            model[1].running_mean.fill_(torch.inf if RANK == LAST else RANK)
+            if RANK == LAST:
+                with torch.no_grad():
+                    model[0].weight[0, 0] = torch.nan
+            apart = np.sqrt(np.square(expected - expected.mean(0)).sum(1).mean())
+            assert np.isclose(gossip.consensus_distance(), apart, rtol=1e-5)
+            assert gossip.average(buffers=True) == (RANK == LAST)
+            torch.testing.assert_close(model[1].running_mean, torch.full((5,), (LAST - 1) / 2))
+        assert np.allclose(on_all(model), expected.mean(0), rtol=0, atol=1e-6)
+        # Where all agree on it, it is no accident: a mask, say.
+        model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        assert not gossip.average(buffers=True)
+        assert model.mask.tolist() == [0.0, -torch.inf]
+        with torch.no_grad():
+            model[0].weight[0, 0] = torch.nan
+        for call in (gossip.average, gossip.consensus_distance):
+            with raises(gala_mpi.DivergedError, "no rank has parameters that are finite"):
+                call()
+
+
+def who_waits_for_the_mean_is_there_for_the_others() -> None:
+    if SIZE == 1:
+        return
+    model = rank_model()
+    with gala_mpi.Gossip(model, COMM) as gossip:
+        rows, deadline = gossip._own_roster.rows, time.monotonic() + TIMEOUT_S
+        if RANK != LAST:
+            seen = set()
+            while len(seen) < 5:
+                gossip.step()
+                seen.add(int(rows[LAST, BEAT]))
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        gossip.average()
+
+
+def after_a_mean_that_nobody_came_to_the_rest_goes_on() -> None:
+    if SIZE == 1:
+        return
+    model = rank_model()
+    with gala_mpi.Gossip(model, COMM) as gossip:
+        before = vector(model)
+        if RANK != LAST:
+            with raises(TimeoutError, "some rank has not come to this mean"):
+                gossip.average(timeout_s=0.1)
+            assert (vector(model) == before).all()
+            for call in (gossip.average, gossip.consensus_distance):
+                with raises(RuntimeError, "out of step"):
+                    call()
+        COMM.Barrier()
+        gossip.step()
+
+
+def the_mean_is_taken_of_what_is_exchanged_alone() -> None:
+    model = rank_model()
+    gossip = gala_mpi.Gossip(model, COMM)
+    model.half()
+    for call in (gossip.average, gossip.consensus_distance):
+        with raises(RuntimeError, "is not where it is exchanged"):
+            call()
+    gossip.close()
+    for call in (gossip.average, gossip.consensus_distance):
+        with raises(RuntimeError, "closed"):
+            call()
+
+
+def other_types_have_one_mean_to_the_last_digit_and_are_restored_to_it() -> None:
+    for kind in (gala_mpi.Gossip, gala_mpi.NodeGossip):
+        for dtype in (torch.float64, torch.bfloat16):
+            model = nn.ParameterList([nn.Parameter(torch.full((3,), RANK + 1 / 3, dtype=dtype))])
+            with kind(model, COMM, broadcast=False) as gossip:
+                assert (model[0] == torch.tensor(RANK + 1 / 3, dtype=dtype)).all()
+                saved = gossip.state_dict()
+                gossip.average()
+                expected = torch.full((3,), LAST / 2 + 1 / 3, dtype=torch.float64)
+                error = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+                if kind is gala_mpi.Gossip:
+                    torch.testing.assert_close(model[0].detach().double(), expected, rtol=error, atol=0)
+                values = COMM.allgather(model[0].detach().double().numpy())
+                assert all((other == values[0]).all() for other in values)
+                assert gossip.consensus_distance() < 1e-6
+                gossip.load_state_dict(saved)
+                gossip.step()
 
 
 def parameters_of_other_types_are_averaged_in_their_own() -> None:
@@ -538,7 +639,12 @@ def ranks_of_a_node_go_on_as_one() -> None:
         gossip.average()
         assert (model[1].running_mean == RANK).all()
         gossip.average(buffers=True)
-        torch.testing.assert_close(model[1].running_mean, torch.full((5,), LAST / 2))
+        torch.testing.assert_close(model[1].running_mean, torch.full((5,), float(expected)))
+        torch.testing.assert_close(model[2].bias.detach(), torch.full((3,), float(expected)))
+        with torch.no_grad():
+            model[2].bias.fill_(RANK)
+        # Of nodes, whatever their number of ranks.
+        gossip.average()
         torch.testing.assert_close(model[2].bias.detach(), torch.full((3,), float(expected)))
         saved = gossip.state_dict()
         assert bool(saved) == (gossip.gossip is not None)
@@ -569,6 +675,14 @@ def ranks_of_a_node_go_on_as_one() -> None:
             else:
                 with raises(gala_mpi.DivergedError, "not finite"):
                     gossip.step()
+    mine = {**options, "node_timeout_s": 0.1}
+    with gala_mpi.NodeGossip(model, COMM, "complete", **mine) as gossip:
+        if node.size > 1 and node.rank == 0:
+            with raises(TimeoutError, "some rank has not come to this step of this node"):
+                gossip.step()
+            with raises(RuntimeError, "out of step"):
+                gossip.step()
+        COMM.Barrier()
     node.Free()
     # All ranks of this program share memory.
     with gala_mpi.NodeGossip(rank_model(), COMM) as gossip:
@@ -605,6 +719,11 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
     a_close_that_timed_out_leaves_the_communicator_alone_and_may_be_called_again,
     a_restart_goes_on_from_what_each_rank_had,
     the_mean_of_all_ranks_is_the_mean_and_they_are_apart_from_it_by_the_distance,
+    who_has_diverged_is_left_out_of_the_mean_and_gets_it,
+    who_waits_for_the_mean_is_there_for_the_others,
+    after_a_mean_that_nobody_came_to_the_rest_goes_on,
+    the_mean_is_taken_of_what_is_exchanged_alone,
+    other_types_have_one_mean_to_the_last_digit_and_are_restored_to_it,
     parameters_of_other_types_are_averaged_in_their_own,
     the_mean_of_buffers_is_taken_on_request,
     ranks_of_a_node_go_on_as_one,

@@ -1,0 +1,56 @@
+"""mpirun -n 1 python tests/gossip/programs/roster_news.py
+
+Leaders of 16 nodes of 64 ranks, pretended as in benchmarks/roster.py, on a clock of its own. However long updates are,
+nobody is lost who lives; a node whose ranks have died is.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from roster import BEAT, PER_NODE, TIMEOUT_S, Cluster, module
+
+NODES, UPDATES, DEAD = 16, 40, 3
+logging.disable(logging.WARNING)
+
+
+def lost_after(update_s: float, spread: float, *, dead_from: int) -> list[tuple[int, set[int]]]:
+    """For each look of the leader of node 0 its number, and the nodes of which it has lost somebody."""
+    random, clock = np.random.default_rng(1), SimpleNamespace(now_s=1_000.0)
+    module.time = SimpleNamespace(monotonic=lambda: clock.now_s, time=lambda: clock.now_s)  # type: ignore[assignment]
+    cluster = Cluster(NODES * PER_NODE)
+    rosters = [cluster.roster(leader, delivers=True) for leader in cluster.parts]
+    due_s = clock.now_s + update_s * random.random(NODES) * (spread > 0)
+    looks, seen = 0, []
+    while looks < UPDATES:
+        place = int(np.argmin(due_s))
+        clock.now_s = float(due_s[place])
+        due_s[place] += update_s * random.uniform(1 - spread, 1 + spread)
+        if place == DEAD and looks >= dead_from:
+            continue
+        cluster.local_rows(place * PER_NODE)[1:, BEAT] += 1
+        rosters[place].come_by()
+        if place == 0:
+            looks += 1
+            seen.append((looks, {int(rank) // PER_NODE for rank in np.flatnonzero(rosters[0].lost)}))
+    return seen
+
+
+for update in (0.05, 1.0, 8.0, 20.0, TIMEOUT_S, 10 * TIMEOUT_S):
+    for spread in (0.0, 0.2):
+        found = lost_after(update, spread, dead_from=UPDATES)
+        assert not any(nodes for _, nodes in found), (update, spread, found)
+    if update >= 8.0:
+        found = lost_after(update, 0.2, dead_from=10)
+        assert {frozenset(nodes) for _, nodes in found} <= {frozenset(), frozenset({DEAD})}, (update, found)
+        # At the fifth look after its last news, which some leaders pass on later than others; for short updates in time.
+        assert found[-1][1] == {DEAD} and all(nodes for number, nodes in found if number > 10 + max(9, 80 / update)), (
+            found
+        )
+sys.stdout.write("nobody who lives was lost\n")
