@@ -37,10 +37,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from host import launcher, machine
@@ -56,6 +57,8 @@ LOST = 3
 # Of a row of the board, see gala_mpi.train.board.
 AGENT_STEPS = 2
 LOOK_EVERY_S = 0.2
+# By rank what it says.
+Told: TypeAlias = dict[int, dict[str, Any]]
 # Apart from what is told: each rank reads this folder again and again.
 ORDERS = "orders"
 NODE = "node"
@@ -392,17 +395,13 @@ def observe(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     acts: list[dict[str, Any]] = []
     for what in (0, *args.kill):
         number = job.kill(what, pids)
-        # Until all that live know of all that do not, and have gone on from there.
-        end = time.monotonic() + args.deadline_s
-        while True:
-            time.sleep(args.settle_s)
-            facts = job.order("look", args.deadline_s).facts
-            if all(f["lost"] == len(job.dead) and f["mixed"] > 0 for f in facts.values()) or time.monotonic() > end:
-                break
+        dead = len(job.dead)
+        knowing = until(job, args, partial(all_know_of, dead), f"know of all {dead} that are lost")
+        until(job, args, partial(all_have_mixed_since, knowing), "have mixed since")
         time.sleep(args.settle_s)
         seen = [job.order("look", args.deadline_s) for _ in range(args.looks + 1)]
         facts = seen[-1].facts
-        acts.append(act(number, facts, [one.distance for one in seen]))
+        acts.append(act(number, dead, knowing, facts, [one.distance for one in seen]))
         print(json.dumps(acts[-1]), flush=True)
     # Of the codes of all ranks, killed ones among them, launchers make one each in their way.
     codes, _ = job.stop(args.deadline_s)
@@ -411,18 +410,50 @@ def observe(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     return {**about, "first_mix_of_all_s": round(first_mix_s, 1), "acts": acts, "exit_codes": sorted(codes)}
 
 
-def act(killed: int, facts: dict[int, dict[str, Any]], distances: list[float]) -> dict[str, Any]:
-    """What was seen after so many were killed."""
-    per_update = [f["mixed"] / f["update"] for f in facts.values()]
+def all_know_of(dead: int, facts: Told) -> bool:
+    """Whether all that live know of so many that are lost."""
+    return all(f["lost"] == dead for f in facts.values())
+
+
+def all_have_mixed_since(before: Told, facts: Told) -> bool:
+    """Whether each has mixed a message since then."""
+    return all(f["mixed"] > before[rank]["mixed"] for rank, f in facts.items())
+
+
+def until(job: Job, args: argparse.Namespace, holds: Callable[[Told], bool], what: str) -> Told:
+    """Look again and again until that holds for what all tell, which is returned; else this script ends."""
+    end = time.monotonic() + args.deadline_s
+    while True:
+        time.sleep(args.settle_s)
+        facts = job.order("look", args.deadline_s).facts
+        if holds(facts):
+            return facts
+        if time.monotonic() > end:
+            sys.exit(f"not all ranks that live {what} within {args.deadline_s:g} s")
+
+
+def act(
+    killed: int,
+    dead: int,
+    knowing: Told,
+    facts: Told,
+    distances: list[float],
+) -> dict[str, Any]:
+    """What was seen after so many were killed, `dead` in all, from where all that live were `knowing` of it."""
+
+    def per_update(what: str) -> list[float]:
+        return [(f[what] - knowing[rank][what]) / (f["update"] - knowing[rank]["update"]) for rank, f in facts.items()]
+
     return {
         "killed": killed,
         "living": len(facts),
-        "know_of_all_lost": sum(f["lost"] == max(g["lost"] for g in facts.values()) for f in facts.values()),
+        "lost": dead,
+        "know_of_all_lost": sum(f["lost"] == dead for f in facts.values()),
         "consensus_distance": round(statistics.median(distances), 3),
         "consensus_distances": [round(distance, 3) for distance in distances],
-        "mixed_per_update": round(statistics.mean(per_update), 3),
-        "least_mixed_per_update": round(min(per_update), 3),
-        "sent_per_update": round(statistics.mean(f["sent"] / f["update"] for f in facts.values()), 3),
+        "mixed_per_update": round(statistics.mean(per_update("mixed")), 3),
+        "least_mixed_per_update": round(min(per_update("mixed")), 3),
+        "sent_per_update": round(statistics.mean(per_update("sent")), 3),
         "detours": sum(f["detour"] != [None, None] for f in facts.values()),
         "rss_mib": round(statistics.mean(f["rss_bytes"] for f in facts.values()) / 2**20, 1),
         "pss_mib": round(statistics.mean(f["pss_bytes"] for f in facts.values()) / 2**20, 1),

@@ -46,7 +46,7 @@ from gala_mpi.gossip.news import SHORTEST_ROUND_S
 from gala_mpi.gossip.roster import Roster
 from gala_mpi.gossip.shared_topology import told_by_rank_0
 from gala_mpi.gossip.survivors import Survivors
-from gala_mpi.gossip.topology import PLACED, Topology, make_topology
+from gala_mpi.gossip.topology import PLACED, Topology, make_topology, warning_of
 from gala_mpi.mpi.bounded import BoundedCollectives
 from gala_mpi.mpi.collective import ClosedTogether, alike_on_all_ranks
 from gala_mpi.mpi.room import NoRoomError
@@ -172,6 +172,8 @@ class Gossip(ClosedTogether):
         if topology in PLACED:
             graph = make_topology(str(topology), comm.size, courier.nodes)
         self.topology = graph
+        if comm.rank == 0 and (warning := warning_of(graph)) is not None:
+            log.warning("%s", warning)
         nbytes = self._flat.size * _native.WIRE_ITEMSIZE[wire]
         self._staging = None if wire == "float32" else np.empty(nbytes, np.uint8)
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from gala_mpi import __version__, arguments, output
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, at_home, load_preset, reaching
 from gala_mpi.exit_codes import EXIT_DIVERGED, EXIT_ERROR, EXIT_LOST, EXIT_OK, EXIT_STOPPED, EXIT_UNWRITTEN
-from gala_mpi.gossip.topology import AUTO, TOPOLOGIES, Topology, make_topology, warning_of
+from gala_mpi.gossip.topology import AUTO, TOPOLOGIES, Topology, make_topology
 from gala_mpi.learning.environments import check_environment
 from gala_mpi.mpi.collective import RankFailureError, on_all_ranks
 from gala_mpi.mpi.waiting import Watchdog
@@ -80,9 +80,6 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
             _undo(info, lease, comm)
             raise
     if comm.rank == 0:
-        warning = warning_of(agent.topology) if agent.topology is not None else None
-        if warning is not None:
-            log.warning("%s", warning)
         output.say("\n".join([_banner(config, comm, info, agent.topology), *agent.origin, *changes]))
     summary = agent.train(stop)
     if comm.rank == summary.speaker:

@@ -36,7 +36,9 @@ def test_thin_ranks_mix_lose_one_and_end(tmp_path: Path) -> None:
     before, after = found["acts"]
     assert found["exit_codes"] == [3]
     assert before["living"] == 4 and before["detours"] == 0 and before["least_mixed_per_update"] > 0
-    assert after["living"] == after["know_of_all_lost"] == 3
+    assert after["living"] == after["know_of_all_lost"] == 3 and after["lost"] == 1
+    # Of what came since all knew.
+    assert after["least_mixed_per_update"] > 0
     # The ring of four without one of them is a chain.
     assert after["detours"] == 2
     assert 0 < before["consensus_distance"] < 100 and 0 < after["consensus_distance"] < 100

@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import h5py
@@ -33,11 +33,17 @@ PATIENT_S = 8.0
 
 @contextlib.contextmanager
 def started(
-    mpi: Mpi, folder: Path, size: int, *args: str, timeout_s: float = 2.0, pause_s: float = 0.02
+    mpi: Mpi,
+    folder: Path,
+    size: int,
+    *args: str,
+    timeout_s: float = 2.0,
+    pause_s: float = 0.02,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """A run that has taken its first updates on all ranks."""
     patience = ("--neighbour-timeout-s", str(timeout_s), "--out", str(folder))
-    process = mpi.start(size, PACED, str(pause_s), *ARGS, *patience, *args)
+    process = mpi.start(size, PACED, str(pause_s), *ARGS, *patience, *args, env=env)
     try:
         deadline = time.monotonic() + 90
         while not all(has_rows(folder / f"rank-{rank:05d}.h5", 6) for rank in range(size)):
@@ -103,9 +109,14 @@ def assert_mixed_again(folder: Path, size: int, victim: int, *, may_be_held_up: 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_survivors_of_a_killed_rank_finish(mpi: Mpi, victim: int, tmp_path: Path) -> None:
-    with started(mpi.surviving(), tmp_path / "run", 3) as process:
+    with started(mpi.surviving(), tmp_path / "run", 3, env={"TELL_SHARES": "1"}) as process:
         os.kill(rank_process(process.pid, victim), signal.SIGKILL)
-        assert_survived(finish(process, 90), tmp_path / "run", 3, {victim})
+        done = finish(process, 90)
+        assert_survived(done, tmp_path / "run", 3, {victim})
+    # The learning rate went by who was there.
+    for survivor in {0, 1, 2} - {victim}:
+        (shares,) = re.findall(rf"^\[{survivor}\] shares \[(.*)\]$", done.stderr, re.MULTILINE)
+        assert {"0.67", "1.0"} <= set(shares.split(", "))
 
 
 def test_a_staleness_bound_does_not_hold_survivors_up(mpi: Mpi, tmp_path: Path) -> None:
