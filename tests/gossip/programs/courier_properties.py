@@ -225,7 +225,11 @@ class Delivery(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.network is not None)
     def an_older_answer_lands(self) -> None:
-        """Over the one that is there, as that of another rank may, or one of this rank that was long on its way."""
+        """Over one that has just come, as that of another rank may, or one of this rank that was long on its way."""
+        self.ready = True
+        self.network.land_all()
+        self.mailbox.receiving.carry()
+        self.network.land_all()
         self.network.memory[SENDER][ANSWER : ANSWER + WORD_BYTES] = 0
 
     @rule(number=st.integers(1, 6))
