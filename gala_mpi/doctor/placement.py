@@ -6,6 +6,7 @@ A rank takes its threads from its share of the cores that it may run on, so a wr
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,11 @@ def cores_of_node() -> int:
 
 def bindings(places: Sequence[Placed], found: Launch, library: str) -> list[Finding]:
     """One finding for each set of ranks that share cores; `places[r]` is that of rank r."""
-    findings = []
-    for ranks, cpus in _sharing(places):
-        node_ranks = [rank for rank, place in enumerate(places) if place.node == places[ranks[0]].node]
-        findings.append(_binding(ranks, cpus, len(node_ranks), places[ranks[0]].node_cores, found, library))
-    return findings
+    here = Counter(place.node for place in places)
+    return [
+        _binding(ranks, cpus, here[places[ranks[0]].node], places[ranks[0]].node_cores, found, library)
+        for ranks, cpus in _sharing(places)
+    ]
 
 
 def on_one_core(places: Sequence[Placed], found: Launch, library: str) -> list[Finding]:
@@ -56,13 +57,14 @@ def on_one_core(places: Sequence[Placed], found: Launch, library: str) -> list[F
 
 def _sharing(places: Sequence[Placed]) -> list[tuple[tuple[int, ...], frozenset[int]]]:
     """Ranks of a node whose masks overlap, directly or through others, with all the cores of these masks."""
-    groups: list[tuple[tuple[int, ...], frozenset[int]]] = []
+    of_nodes: dict[str, list[tuple[tuple[int, ...], frozenset[int]]]] = {}
     for rank, place in enumerate(places):
-        touched = [group for group in groups if places[group[0][0]].node == place.node and group[1] & place.cpus]
+        groups = of_nodes.setdefault(place.node, [])
+        touched = [group for group in groups if group[1] & place.cpus]
         ranks = tuple(sorted({rank}.union(*(group[0] for group in touched))))
-        groups = [group for group in groups if group not in touched]
+        groups[:] = [group for group in groups if group not in touched]
         groups.append((ranks, place.cpus.union(*(group[1] for group in touched))))
-    return groups
+    return [group for groups in of_nodes.values() for group in groups]
 
 
 def _binding(

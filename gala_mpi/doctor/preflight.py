@@ -34,8 +34,10 @@ def ruinous(comm: Intracomm, nbytes_needed_per_rank: int, out: Path | None, libr
     places = [fact[0] for fact in facts]
     launcher = launch(os.environ)
     findings = singletons(launcher, comm.size, library) + on_one_core(places, launcher, library)
-    for node in dict.fromkeys(place.node for place in places):
-        ranks = tuple(rank for rank, place in enumerate(places) if place.node == node)
+    of_nodes: dict[str, list[int]] = {}
+    for rank, place in enumerate(places):
+        of_nodes.setdefault(place.node, []).append(rank)
+    for ranks in map(tuple, of_nodes.values()):
         need = sum(facts[rank][2] for rank in ranks)
         findings.append(shared_memory(facts[ranks[0]][1], need, ranks, library, of_windows))
         if not all(facts[rank][3] for rank in ranks):

@@ -34,14 +34,17 @@ log = logging.getLogger(__name__)
 class Recorder:
     """Writes the tables of `schema` to a new file at `path`. Local.
 
-    `attributes` become the root's attributes, dicts as JSON; `seed` is that of the sketches' hash. Raises
+    `attributes` become the root's attributes, dicts as JSON; `seed` is that of the sketches' hash. `phase` is the share
+    of a flush interval by which the first flush comes earlier: many ranks are not to flush at once. Raises
     FileExistsError if the file is there.
 
     What cannot be written later (a full disk, say) is kept, as far as KEPT_ROWS, and tried again with the next flush;
     the file then is as after the last one that succeeded.
     """
 
-    def __init__(self, path: Path, attributes: Mapping[str, Any], config: RecordConfig, seed: int) -> None:
+    def __init__(
+        self, path: Path, attributes: Mapping[str, Any], config: RecordConfig, seed: int, phase: float = 0.0
+    ) -> None:
         # Readers on shared file systems often cannot take HDF5's locks, and each file has one writer: no locks.
         # Until readers may follow it, what a killed rank left could not be opened: it has another name till then.
         scratch = path.with_name(f"{path.name}.tmp")
@@ -64,7 +67,7 @@ class Recorder:
             raise OSError(errno.EIO, first_line(error), str(path)) from error
         self._path, self._place = path, path.stat()
         self._flush_every_s = config.flush_every_s
-        self._flushed_at_s = time.monotonic()
+        self._flushed_at_s = time.monotonic() - phase * config.flush_every_s
         self._failing = False
         self.dropped_rows = 0
 

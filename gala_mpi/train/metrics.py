@@ -49,7 +49,7 @@ def open_recorder(config: TrainConfig, info: RunInfo, about: Mapping[str, Any]) 
         path = rank_file(info.folder, about["rank"], info.segment)
         if info.segment:
             path.parent.mkdir(exist_ok=True)
-        return Recorder(path, attributes, config.record, config.run.seed)
+        return Recorder(path, attributes, config.record, config.run.seed, about["rank"] / about["size"])
     except OSError as error:
         allowed = f"a folder that {platform.node()} can write ({error})"
         raise ConfigError("out", str(info.folder), allowed) from error

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gala_mpi.gossip.connectivity import is_one_graph, ring_neighbours
 from gala_mpi.gossip.topology import TOPOLOGIES, Topology, make_topology
 
+PLACED = [("hierarchical", nodes) for nodes in ("aaaabbbb", "aabbccdd", "aaaaabbc")]
 PROGRAM = str(Path(__file__).parent / "programs" / "survivors.py")
 
 
@@ -44,10 +45,11 @@ def check(topology: Topology, gone: np.ndarray) -> None:
     assert strongly_connected(edges, there)
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
-def test_whoever_is_gone_the_others_are_strongly_connected(name: str) -> None:
+@pytest.mark.parametrize(("name", "nodes"), [*((name, None) for name in TOPOLOGIES), *PLACED])
+def test_whoever_is_gone_the_others_are_strongly_connected(name: str, nodes: str | None) -> None:
+    """The carriers between nodes too."""
     size = 8
-    topology = make_topology(name, size)
+    topology = make_topology(name, size, nodes)
     for gone in itertools.product([False, True], repeat=size):
         check(topology, np.array(gone))
 

@@ -157,3 +157,14 @@ def test_rows_reach_the_file_only_with_a_flush_and_then_all(tmp_path: Path) -> N
         assert len(file["episodes"]) == 1000
     recorder.close()
     recorder.close()
+
+
+def test_the_first_flush_comes_earlier_by_its_phase_and_the_others_do_not(tmp_path: Path) -> None:
+    path = rank_file(tmp_path, 0)
+    recorder = Recorder(path, {}, RecordConfig(flush_every_s=3600), seed=1, phase=0.9999999)
+    for n in range(1000):
+        recorder.append("episodes", **{**EPISODE, "update": n})
+        recorder.flush_if_due()
+    with open_for_reading(path) as file:
+        assert 0 < len(file["episodes"]) < 1000
+    recorder.close()
