@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from gala_mpi import __version__, output
@@ -37,6 +38,10 @@ commands, each with a --help of its own:
   --version  print the version
   --help     print this; `gala-mpi train --help` lists all settings of a run
 """
+# Ranks of a large job come one after another. Whoever dies before MPI has started is missed by nobody else.
+START_WITHIN_S = 600.0
+START_VARIABLE = "GALA_MPI_START_TIMEOUT_S"
+LONGEST_START_S = 1e6
 # All ranks have met before; a library that has many connections to close may take some time.
 END_WITHIN_S = 30.0
 RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -119,7 +124,11 @@ def under_mpi(command: str, run: Callable[[MPI.Intracomm], int]) -> int:
     """The exit code of `run`, a command's work, on all ranks. An exception on any rank ends the job. Collective."""
     _look_ahead(command)
     try:
-        from mpi4py import MPI
+        # That import starts MPI, with the interpreter's lock held.
+        with _start_limit(command):
+            from mpi4py import MPI
+    except UsageError as error:
+        return _refuse_once(error)
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         output.complain(
@@ -222,6 +231,36 @@ def _look_ahead(command: str) -> None:
     for warning in filter(None, (small, barred)):
         if libraries.speaks_for_node(launched, os.environ):
             output.complain(f"gala-mpi {command}: warning: {warning}")
+
+
+@contextlib.contextmanager
+def _start_limit(command: str) -> Iterator[None]:
+    """End the process if the block takes too long: some rank has died before it came there, and is waited for.
+
+    A thread without Python does that, since no signal is heard either. Raises UsageError.
+    """
+    from gala_mpi import _native
+    from gala_mpi.doctor import libraries
+
+    given = os.environ.get(START_VARIABLE, "") or str(START_WITHIN_S)
+    try:
+        within_s = float(given)
+    except ValueError:
+        within_s = math.nan
+    if not 0 < within_s <= LONGEST_START_S:
+        allowed = f"a number of seconds above 0, up to {LONGEST_START_S:,.0f}"
+        raise UsageError(f"{START_VARIABLE}: {given!r} cannot be used; expected {allowed}")
+    complaint = (
+        f"gala-mpi {command}: error: MPI has not started within {within_s:g} s ({START_VARIABLE}); some rank has not "
+        "come so far: it may have died, or its node is slow\n"
+    )
+    speaks = libraries.speaks_for_node(libraries.launch(os.environ), os.environ)
+    _native.running_s()
+    _native.watch(within_s, complaint if speaks else "")
+    try:
+        yield
+    finally:
+        _native.watch(0, "")
 
 
 def _speaks_for_launcher() -> bool:
