@@ -117,7 +117,8 @@ class LearnerConfig:
     learning_rate_scaling: Literal["sqrt", "effective", "none"] = "sqrt"
     """sqrt: multiply the learning rate by sqrt(simulators of all ranks / 16); effective: the same with the topology's
     effective neighbours in place of all ranks (`gala-mpi topology` prints them); none: use it as it is. Under gossip
-    a scaled rate goes down with the square root of the share of ranks that are neither lost nor done."""
+    a scaled rate goes down with the square root of the share of ranks that are neither lost nor done; with effective,
+    only once those are fewer than the effective neighbours."""
     learning_rate_warmup: int = 1000
     """Updates in which the learning rate rises to what learning-rate-scaling makes of it; 0: none."""
     learning_rate_decay: Literal["none", "linear"] = "none"

@@ -104,7 +104,7 @@ class Examination:
         if plan.firsts()[node] == self._rank:
             ranks = plan.ranks_of(node)
             watch.doing = f"looking at /dev/shm and the GPUs of {node}"
-            need = sum(need_bytes(self._parameters, self._edges, plan.nodes, ranks))
+            need = sum(need_bytes(self._parameters, self._edges, self._ways(plan.nodes), ranks))
             place = place_of_windows(library, os.environ)
             found.append(storage.shared_memory(room(place), need, ranks, library, place))
             found += devices.devices(ranks, library)
@@ -115,6 +115,10 @@ class Examination:
         watch.doing = "waiting for what the nodes find on themselves"
         gathered = self._peers.gather(found, CHECKED, watch.left_s() / 2)
         return [finding for of_rank in gathered for finding in of_rank or []]
+
+    def _ways(self, nodes: Sequence[str]) -> Sequence[str]:
+        """The nodes, for ranks whose messages to others a courier can carry; else as if all were on one."""
+        return nodes if self._here.thread_level == "multiple" else [""] * len(nodes)
 
     def _compare_clocks(self, plan: Plan) -> list[Finding]:
         """On rank 0 how far the clocks of the other nodes are from its own."""

@@ -130,11 +130,6 @@ class End:
         """See what has come to pass, without starting anything."""
         raise NotImplementedError
 
-    @property
-    def due(self) -> bool:
-        """Whether there is something to send. Of the courier's thread, like `look` and `start`."""
-        raise NotImplementedError
-
     def start(self) -> None:
         """Start what is due."""
         raise NotImplementedError
@@ -210,11 +205,6 @@ class BackgroundOutbox(End):
         """Whether a message waits, or was not answered yet."""
         with self._lock:
             return not self.failed and (self._waiting is not None or self._in_flight is not None)
-
-    @property
-    def due(self) -> bool:
-        """Whether a message waits."""
-        return self._waiting is not None
 
     def look(self) -> None:
         """See whether the message under way is answered."""
@@ -309,14 +299,9 @@ class BackgroundInbox(End):
             # Of three snapshots one waits now and one may be held.
             self._spare = self._free.pop()
 
-    @property
-    def due(self) -> bool:
-        """Whether there is a message to answer."""
-        return self._answer_again or int(self._answered[0]) != self._taken
-
     def start(self) -> None:
         """Answer the message that was taken last, if it is not answered, or its sender has not seen that."""
-        if self.settled() and self.due:
+        if self.settled() and (self._answer_again or self._answered[0] != self._taken):
             self._answered[0], self._answer_again = self._taken, False
             self._put = self._window.start_put(self._answered, self._source, self._answer)
 

@@ -8,9 +8,9 @@ of `background`.
 
 A target may die at any time, and on MPICH over libfabric the call that then starts an operation may never return: it
 tries to connect again and again, with the library locked. An operation already under way is merely never complete. So
-there one always is: a ping, a small read from each peer that there ever was something for. When it is answered,
-whatever is due to that peer is started at once, and the next ping behind it. Only a death in those microseconds is met
-by a call; and one before the first ping, so whoever begins with a peer has reason to think that it lives.
+there one always is: a ping, a small read from each peer. When it is answered, whatever is due to that peer is started
+at once, and the next ping behind it. Only a death in those microseconds is met by a call. Where there are many peers
+the thread looks less often, so that pings take a twentieth of a core at most.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 # Between two looks at what is on its way. A quarter of it cost the learner 2 to 4 % of its time, and a message is some
 # 30 ms on its way at 1 Gbit/s.
 SLEEP_S = 0.002
+# The same for each peer that is pinged: a look at it, with its ping, takes some 20 us (benchmarks/scaling.py).
+SLEEP_A_PING_S = 0.0004
 # The same where there is nobody to carry for, as in most ranks of `hierarchical`: until there is.
 IDLE_S = 0.05
 SETTLE_S = 10.0
@@ -60,7 +62,6 @@ class Peer:
         self.ends: tuple[End, ...] = ()
         self._word = np.zeros(1, np.int64)
         self._ping: Request | None = None
-        self._in_use = False
 
     def add(self, end: End) -> None:
         """Carry for one end more."""
@@ -81,16 +82,11 @@ class Peer:
         ends = self.ends
         for end in ends:
             end.look()
-        if self._pings is None:
-            answered = True
-        else:
-            self._in_use = self._in_use or any(end.due for end in ends)
-            answered = self._ping is not None and self._ping.Test()
-        if answered:
+        if self._ping is None or self._ping.Test():
             for end in ends:
                 end.start()
-        if self._pings is not None and self._in_use and (answered or self._ping is None):
-            self._ping = self._pings.start_read(self._word, self.rank, 0)
+            if self._pings is not None:
+                self._ping = self._pings.start_read(self._word, self.rank, 0)
 
     def settle(self, timeout_s: float) -> None:
         """Wait for what is under way, once the courier has ended."""
@@ -204,6 +200,7 @@ class Courier:
                 for peer in self._peers.values():
                     peer.carry()
                 self._never.Test()
-                time.sleep(SLEEP_S if self._peers else IDLE_S)
+                pinged = 0 if self._pings is None else len(self._peers)
+                time.sleep(max(SLEEP_S, SLEEP_A_PING_S * pinged) if self._peers else IDLE_S)
         except BaseException as error:
             self._error = error

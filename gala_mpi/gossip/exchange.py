@@ -22,7 +22,7 @@ from gala_mpi.gossip.roster import Roster
 from gala_mpi.gossip.shared_topology import topology_on_all_ranks
 from gala_mpi.gossip.topology import Topology
 from gala_mpi.mpi.waiting import Watchdog
-from gala_mpi.mpi.window import node_leaders
+from gala_mpi.mpi.window import may_call_from_threads, node_leaders
 
 
 class Exchange(Protocol):
@@ -196,4 +196,5 @@ def window_bytes(config: ExchangeConfig, flat: FlatParameters, comm: MPI.Intraco
     sources = topology_on_all_ranks(config.topology, comm, nodes).in_neighbours(comm.rank)
     apart = [source for source in sources if nodes[source] != nodes[comm.rank]]
     carried = {"inline": 0, "background": len(sources), "auto": len(apart)}[config.delivery]
+    carried *= may_call_from_threads()
     return gossip_bytes(flat.size * _native.WIRE_ITEMSIZE[config.wire], len(sources) - carried, carried)

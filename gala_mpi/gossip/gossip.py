@@ -183,10 +183,11 @@ class Gossip(ClosedTogether):
                 roster = self._own_roster = self._with(Roster(self._comm, courier, neighbour_timeout_s))
             self._survivors = self._with(Survivors(self._comm, courier, graph, nbytes, roster))
         except NoRoomError:
-            # Raised on all ranks: nothing is left behind.
-            self._free_parts()
+            # Raised on all ranks: nothing is left behind, but where somebody else's courier may work on it.
+            if self._own_courier is not None:
+                self._free_parts()
             raise
-        self._together = self._with(BoundedCollectives(self._comm, self.come_by))
+        self._together = self._with(BoundedCollectives(self._comm, self.attend))
         self.in_neighbours = [InNeighbour(rank, inbox) for rank, inbox in self._mailboxes.inboxes.items()]
         self._heard = InNeighbours(self.in_neighbours, neighbour_timeout_s, graph.rounds(comm.rank), max_staleness)
         self.outboxes = self._mailboxes.outboxes
@@ -265,6 +266,17 @@ class Gossip(ClosedTogether):
             source, inbox = self._survivors.source, self._survivors.inbox
             self._heard.stand_in(None if source is None or inbox is None else InNeighbour(source, inbox))
 
+    def attend(self) -> None:
+        """Be there for the others, in a wait for something else."""
+        self._while_waiting()
+        self.come_by()
+
+    def _pause(self) -> npt.NDArray[np.float32]:
+        """Tell the out-neighbours that no message will follow this one for a while; the parameters in host memory."""
+        state = self._flat.host()
+        self._post(state if _native.all_finite(state) else state[:0], self.outboxes.values(), last=True)
+        return state
+
     def come_by(self, rest_s: float = SHORTEST_ROUND_S) -> None:
         """Look after the roster, if nobody else does, and not after a shorter rest: a step may be a short one.
 
@@ -315,14 +327,14 @@ class Gossip(ClosedTogether):
         them: its optimiser's state is then to be reset. buffers: take the mean of the model's floating-point buffers
         too (running statistics, say), in which a value that is not finite is left out; whole numbers stay each rank's.
 
-        Until all have come, this rank is there for the others, but sends nothing. Raises TimeoutError if some rank does
-        not come within `timeout_s` seconds; after that this and `consensus_distance` raise RuntimeError, as they do
-        where `step` does. Raises DivergedError, on all ranks, if the parameters of none are finite; DisagreementError,
-        on all ranks, if they do not have the same buffers; ValueError if there is no model. If any of these is raised,
-        nothing was changed.
+        Until all have come, this rank is not lost to the others, and they do not wait for it. Raises TimeoutError if
+        some rank does not come within `timeout_s` seconds; after that this and `consensus_distance` raise RuntimeError,
+        as they do where `step` does. Raises DivergedError, on all ranks, if the parameters of none are finite;
+        DisagreementError, on all ranks, if they do not have the same buffers; ValueError if there is no model. If any
+        of these is raised, nothing was changed.
         """
         self._check()
-        state = self._flat.host()
+        state = self._pause()
         replaced = not _native.all_finite(state)
         found = mean_buffers(self._model, state, self._together, timeout_s) if buffers else []
         state[:] = mean_of_all(state, self._together, timeout_s)
@@ -336,15 +348,14 @@ class Gossip(ClosedTogether):
         Of the ranks whose parameters are finite. Raises as `average` does.
         """
         self._check()
-        return distance_to_mean(self._flat.host(), self._together, timeout_s)
+        return distance_to_mean(self._pause(), self._together, timeout_s)
 
     def give_up(self) -> None:
         """The others do not wait for this rank for ever."""
 
     def finish(self) -> None:
         """Tell the out-neighbours that no message will follow this one, which is empty if its values are not finite."""
-        state = self._flat.host()
-        self._post(state if _native.all_finite(state) else state[:0], self.outboxes.values(), last=True)
+        self._pause()
         if self._own_roster is not None:
             self._own_roster.finish()
 
@@ -443,8 +454,7 @@ class Gossip(ClosedTogether):
         begin = time.perf_counter()
 
         def look() -> bool:
-            self._while_waiting()
-            self.come_by()
+            self.attend()
             self._follow()
             return done()
 

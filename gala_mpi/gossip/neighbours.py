@@ -1,7 +1,8 @@
 """The ranks that a rank mixes with: who is heard, who is lost, and who is waited for. All is local.
 
 A neighbour is heard when it leaves a message. One that leaves none for the timeout is lost: it is left out of mixing
-and of waiting, until it is heard again. One that has finished leaves none any more, and is not waited for.
+and of waiting, until it is heard again. One that has said that it has finished, or pauses, leaves none, and is not
+waited for.
 
 Patience runs only while this rank looks. Between two looks it may have been stopped, for longer than the timeout, and
 those who wait for it meanwhile send nothing: of that time but a part of the timeout counts. Where updates are long, the
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from gala_mpi.gossip.patience import MOST_AT_ONCE
+from gala_mpi.gossip.patience import MOST_AT_ONCE, ROUNDED
 from gala_mpi.gossip.rules import Weights
 from gala_mpi.gossip.topology import mixing_weights
 
@@ -101,7 +102,8 @@ class InNeighbours:
         found = self._stand_in is not None and self._stand_in.inbox.fresh()
         missing = []
         for neighbour in self._all:
-            if neighbour.finished:
+            # Who has only paused goes on with a message.
+            if neighbour.finished and not neighbour.inbox.fresh():
                 continue
             neighbour.silent_s += passed_s
             if neighbour.inbox.fresh():
@@ -110,7 +112,7 @@ class InNeighbours:
                 if neighbour.lost:
                     neighbour.lost = False
                     log.warning("rank %d is heard again and takes part in mixing", neighbour.rank)
-            elif neighbour.silent_s <= self._timeout_s:
+            elif neighbour.silent_s <= self._timeout_s * ROUNDED:
                 missing.append(neighbour.staleness)
             elif not neighbour.lost:
                 neighbour.lost = True

@@ -80,10 +80,10 @@ class NodeGossip(ClosedTogether):
         self._comm = comm.Dup()
         here = comm.Split(node_leaders(comm)[comm.rank], comm.rank) if node is None else node.Dup()
         self._timeout_s, self._closed = node_timeout_s, False
-        self._inside = BoundedCollectives(cast("Intracomm", here), self._come_by)
-        self._together = BoundedCollectives(self._comm, self._come_by)
+        self._node = cast("Intracomm", here)
+        self._inside = BoundedCollectives(self._node, self._attend)
+        self._together = BoundedCollectives(self._comm, self._attend)
         leads, self._weight = here.rank == 0, 1 / here.size
-        here.Free()
         self._met: Request | None = None
         self.gossip: Gossip | None = None
         # Parameters, and what the leader tells.
@@ -127,15 +127,16 @@ class NodeGossip(ClosedTogether):
         return told == REPLACED
 
     def _check(self) -> None:
-        if self._closed:
+        # The leaders' exchange ends before all have met.
+        if self._closed or self._met is not None:
             raise RuntimeError("the exchange is closed")
         if self._model is not None:
             self._flat.check(self._model)  # type: ignore[attr-defined]
 
-    def _come_by(self) -> None:
+    def _attend(self) -> None:
         """A leader that waits for its node, or for all, is there for the leaders of others."""
         if self.gossip is not None:
-            self.gossip.come_by()
+            self.gossip.attend()
 
     def average(self, *, buffers: bool = False, timeout_s: float = 600.0) -> bool:
         """Give all ranks the mean over all nodes, each node's that over its ranks: as `Gossip.average`. Collective."""
@@ -199,4 +200,5 @@ class NodeGossip(ClosedTogether):
         self._closed = True
         self._inside.free()
         self._together.free()
+        self._node.Free()
         self._comm.Free()

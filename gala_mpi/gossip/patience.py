@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 # The share of the timeout that one look counts for at most.
 MOST_AT_ONCE = 0.25
+# Sums of such shares are rounded.
+ROUNDED = 1 + 1e-6
 
 
 class Patience:
@@ -49,13 +51,13 @@ class Patience:
 
     def wavers(self, rank: int) -> bool:
         """Whether a rank has been silent for a quarter of the timeout: others do for the time being what it did."""
-        return self.silent_s(rank) > self.timeout_s / 4
+        return self.silent_s(rank) > self.timeout_s / 4 * ROUNDED
 
     @property
     def unbroken(self) -> bool:
         """Whether nobody has been silent for longer than the timeout."""
-        return bool(self._clock_s - self._heard_s.min() <= self.timeout_s)
+        return bool(self._clock_s - self._heard_s.min() <= self.timeout_s * ROUNDED)
 
     def exhausted(self) -> npt.NDArray[np.bool_]:
         """For each rank whether it has been silent for longer than the timeout."""
-        return self._clock_s - self._heard_s > self.timeout_s
+        return self._clock_s - self._heard_s > self.timeout_s * ROUNDED

@@ -15,8 +15,7 @@ Three ranks of a node are its heirs (`news`), and each has a mailbox from each h
 exponential graph of nodes in both directions. The leader is the lowest heir that does not waver, that is, was not
 silent for a quarter of the timeout. It alone sends, and in each round all rows to one of its neighbours, in turn
 (where an update is longer than a round, for all rounds that have passed):
-there to the lowest heir that does not waver, or to the one that it sent to last if all do: that may be a node that is
-dead, whose other heirs nobody should begin with. Heirs take what comes whether they lead or not. So
+there to the lowest heir that does not waver, or to all if all do. Heirs take what comes whether they lead or not. So
 a leader's death stops its node's news for a quarter of the timeout, not long enough for anybody else to be lost; that
 two lead at once (each sees the other as it was) does no harm, see `shared_rows`. Ranks of a node that has lost all
 heirs, and those elsewhere, are lost to each other.
@@ -103,8 +102,6 @@ class Roster:
                 raise
         self._is_heir, self._heirs_before = number in heirs_here, [here[heir] for heir in heirs_here if heir < number]
         self._round_s = round_s(comm.size, len(self._neighbours), timeout_s)
-        # For each neighbour, by its first heir, the heir that was sent to last.
-        self._sent_to: dict[int, int] = {}
         self._next, self._sent_at_s, self._told_at_s = 0, 0.0, 0.0
         # Sums of all flags now, when `gone` was found, and when they were told: as flags only rise, so do sums of them.
         self._flags = self._settled = self._told = 0
@@ -203,9 +200,9 @@ class Roster:
         """Send all rows to a node."""
         assert self._mailboxes is not None
         firm = [heir for heir in heirs if not self._patience.wavers(heir)]
-        target = self._sent_to[heirs[0]] = firm[0] if firm else self._sent_to.get(heirs[0], heirs[0])
-        outbox = self._mailboxes.outboxes[target]
-        outbox.post(self.rows, update=int(self.mine[BEAT]), time_s=time.time(), agent_steps=0)
+        for target in firm[:1] or heirs:
+            outbox = self._mailboxes.outboxes[target]
+            outbox.post(self.rows, update=int(self.mine[BEAT]), time_s=time.time(), agent_steps=0)
 
     def free(self) -> None:
         """Free the windows. Collective, once all have met."""

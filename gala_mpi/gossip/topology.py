@@ -240,7 +240,7 @@ def make_changing_topology(edges: Callable[[int], Iterable[Edge]], size: int, pe
     `edges` gives (source, target), or (source, target, weight) for each edge, as a line of an edge list does; a rank
     may send to nobody at an update. It must be the same function on all ranks. As every rank has a mailbox for each
     that ever sends to it, `edges` is called here, for all updates; a rank holds all edges of a period. A neighbour is
-    lost after five periods of silence, if the timeout of the exchange is over.
+    lost once it was silent for the timeout of the exchange, and for more than four periods.
 
     Raises ValueError for a size or period below 1, and ConfigError for edges that cannot be used: over a period they
     must be strongly connected, and at each update be there once, with weights into a rank that sum to less than 1.

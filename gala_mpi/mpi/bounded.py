@@ -13,6 +13,8 @@ from gala_mpi.mpi.waiting import wait_until
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm, Request
 
+# What nobody waits for any more. MPI may write there as long as it runs.
+_UNDER_WAY: list[tuple[object, ...]] = []
 AnyNumber = TypeVar("AnyNumber", np.float32, np.float64, np.int64)
 
 
@@ -25,9 +27,9 @@ class BoundedCollectives:
     """
 
     def __init__(self, comm: Intracomm, while_waiting: Callable[[], object] = lambda: None) -> None:
-        self._comm, self._while_waiting = comm.Dup(), while_waiting
+        self._around, self._comm, self._while_waiting = comm, comm.Dup(), while_waiting
         self.rank, self.size = comm.rank, comm.size
-        self._left: tuple[object, ...] = ()
+        self._out_of_step = False
 
     def sum(self, mine: npt.NDArray[AnyNumber], timeout_s: float, what: str) -> npt.NDArray[AnyNumber]:
         """The sum of the ranks' vectors (n,), in the library's order; `mine` is not to be touched any more.
@@ -48,7 +50,7 @@ class BoundedCollectives:
         self._wait(self._comm.Ibcast(values, root=0), (values,), timeout_s, what)
 
     def _refuse(self, what: str) -> None:
-        if self._left:
+        if self._out_of_step:
             raise RuntimeError(f"no {what}: some rank has not come to an earlier one in time; ranks are out of step")
 
     def _wait(self, request: Request, memory: tuple[object, ...], timeout_s: float, what: str) -> None:
@@ -57,10 +59,11 @@ class BoundedCollectives:
             return bool(request.Test())
 
         if not wait_until(done, timeout_s):
-            self._left = (request, *memory)
+            self._out_of_step = True
+            _UNDER_WAY.append((request, *memory))
             raise TimeoutError(f"some rank has not come to this {what} within {timeout_s:g} s")
 
     def free(self) -> None:
-        """Free the communicator, but where an operation is under way on it. Collective."""
-        if not self._left:
+        """Free the communicator, unless an operation is under way on it somewhere. Collective."""
+        if not self._around.allreduce(int(self._out_of_step)):
             self._comm.Free()

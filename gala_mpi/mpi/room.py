@@ -51,7 +51,8 @@ def room(path: Path) -> Room | None:
 def place_of_windows(library: str, environ: Mapping[str, str]) -> Path:
     """Where the windows of a node's ranks lie, under the MPI library of that version string."""
     moved = environ.get(MOVED_BY) if family(library) == "openmpi" else None
-    return Path(moved) if moved else SHARED_MEMORY
+    # If only those of one node are moved, a job may still have others.
+    return Path(moved) if moved and environ.get(FAR_ONES_MOVED_BY) == moved else SHARED_MEMORY
 
 
 def in_words(found: Room | None, need: int, place: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 from conftest import Mpi
 
 from gala_mpi.mpi.library import family
-from gala_mpi.mpi.room import MOVED_BY, SHARED_MEMORY, place_of_windows
+from gala_mpi.mpi.room import FAR_ONES_MOVED_BY, MOVED_BY, SHARED_MEMORY, place_of_windows
 
 SMALL = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size="$0" tmpfs /dev/shm && exec "$@"')
 # 1.6 M parameters: 19 MB for each in-neighbour.
@@ -44,9 +44,12 @@ def on_a_small_node(mpi: Mpi, size: str) -> Mpi:
     return replace(mpi, prefix=(*SMALL, size))
 
 
-@pytest.mark.parametrize("topology", ["ring", "hierarchical", "complete"])
-def test_the_library_refuses_what_does_not_fit_on_all_ranks(mpi: Mpi, topology: str) -> None:
-    done = on_a_small_node(mpi, "48m").run(3, "-m", "mpi4py", "-c", PROGRAM, topology)
+# In the last there is room for the mailboxes, but not for what is kept for survivors.
+@pytest.mark.parametrize(
+    ("topology", "size"), [("ring", "48m"), ("hierarchical", "48m"), ("complete", "48m"), ("ring", "72m")]
+)
+def test_the_library_refuses_what_does_not_fit_on_all_ranks(mpi: Mpi, topology: str, size: str) -> None:
+    done = on_a_small_node(mpi, size).run(3, "-m", "mpi4py", "-c", PROGRAM, topology)
     assert done.returncode == 0, done.stderr
     for rank in range(3):
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"rank {rank}: ")]
@@ -68,7 +71,8 @@ def test_commands_refuse_it_in_one_line(one_mpi: Mpi, command: str, tmp_path_fac
 
 
 def test_a_directory_that_open_mpi_is_given_is_where_windows_lie() -> None:
-    environ = {MOVED_BY: "/scratch"}
+    environ = {MOVED_BY: "/scratch", FAR_ONES_MOVED_BY: "/scratch"}
+    assert place_of_windows("Open MPI v5.0.11", {MOVED_BY: "/scratch"}) == SHARED_MEMORY
     assert str(place_of_windows("Open MPI v5.0.11", environ)) == "/scratch"
     assert place_of_windows("Open MPI v5.0.11", {}) == place_of_windows("MPICH Version: 5.0.2", environ)
     assert place_of_windows("", environ) == SHARED_MEMORY and family("") == "other"

@@ -60,6 +60,21 @@ def test_however_long_updates_are_who_is_dead_is_lost_and_who_lives_is_not(updat
     assert seen == [[]] * 4 + [[2]] * 8
 
 
+@pytest.mark.parametrize("timeout_s", [5.0, 8.0, 10.0, 60.0])
+def test_four_looks_are_no_loss_however_sums_are_rounded(timeout_s: float) -> None:
+    random = np.random.default_rng(1)
+    for _ in range(200):
+        patience, now_s, beats = Patience(1, timeout_s), 1e5 * random.random(), np.zeros(1, np.int64)
+        for _ in range(20):
+            now_s += random.random()
+            beats += 1
+            patience.look(beats, now_s)
+        for look in range(5):
+            now_s += timeout_s
+            patience.look(beats, now_s)
+            assert patience.wavers(0) == (look > 0) and patience.exhausted()[0] == (look == 4)
+
+
 def test_patience_begins_with_the_first_look() -> None:
     patience = Patience(2, TIMEOUT_S)
     patience.look(np.zeros(2, np.int64), 1e9)

@@ -505,14 +505,34 @@ def who_waits_for_the_mean_is_there_for_the_others() -> None:
     model = rank_model()
     with gala_mpi.Gossip(model, COMM) as gossip:
         rows, deadline = gossip._own_roster.rows, time.monotonic() + TIMEOUT_S
+        heard = [neighbour for neighbour in gossip.in_neighbours if neighbour.rank == LAST]
         if RANK != LAST:
             seen = set()
-            while len(seen) < 5:
+            while len(seen) < 5 or not all(neighbour.finished for neighbour in heard):
                 gossip.step()
                 seen.add(int(rows[LAST, BEAT]))
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         gossip.average()
+        # And goes on after it.
+        while True:
+            gossip.step()
+            if COMM.allreduce(int(any(neighbour.finished for neighbour in heard))) == 0:
+                break
+            assert time.monotonic() < deadline
+
+
+def who_waits_for_the_mean_looks_after_what_the_user_does() -> None:
+    if SIZE == 1:
+        return
+    calls = []
+    with gala_mpi.Gossip(rank_model(), COMM, while_waiting=lambda: calls.append(1)) as gossip:
+        if RANK != LAST:
+            gossip.average()
+            assert calls
+        else:
+            time.sleep(0.1)
+            gossip.average()
 
 
 def after_a_mean_that_nobody_came_to_the_rest_goes_on() -> None:
@@ -721,6 +741,7 @@ SCENARIOS: tuple[Callable[[], None], ...] = (
     the_mean_of_all_ranks_is_the_mean_and_they_are_apart_from_it_by_the_distance,
     who_has_diverged_is_left_out_of_the_mean_and_gets_it,
     who_waits_for_the_mean_is_there_for_the_others,
+    who_waits_for_the_mean_looks_after_what_the_user_does,
     after_a_mean_that_nobody_came_to_the_rest_goes_on,
     the_mean_is_taken_of_what_is_exchanged_alone,
     other_types_have_one_mean_to_the_last_digit_and_are_restored_to_it,

@@ -1,7 +1,7 @@
 """mpirun -n 1 python tests/gossip/programs/roster_news.py
 
 Leaders of 16 nodes of 64 ranks, pretended as in benchmarks/roster.py, on a clock of its own. However long updates are,
-nobody is lost who lives; a node whose ranks have died is.
+nobody is lost who lives; a node whose ranks have died is. And of two nodes both may lose their leaders.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from roster import BEAT, PER_NODE, TIMEOUT_S, Cluster, module
+from roster import BEAT, PER_NODE, TIMEOUT_S, Cluster, heirs_among, module
 
 NODES, UPDATES, DEAD = 16, 40, 3
 logging.disable(logging.WARNING)
@@ -42,6 +42,25 @@ def lost_after(update_s: float, spread: float, *, dead_from: int) -> list[tuple[
     return seen
 
 
+def lost_after_leaders(deaths: dict[int, int]) -> set[frozenset[int]]:
+    """Whom the heirs of two nodes have lost at the end, if those die at that look."""
+    clock = SimpleNamespace(now_s=1_000.0)
+    module.time = SimpleNamespace(monotonic=lambda: clock.now_s, time=lambda: clock.now_s)  # type: ignore[assignment]
+    cluster = Cluster(2 * PER_NODE)
+    heirs = [leader + heir for leader in cluster.parts for heir in heirs_among(PER_NODE)]
+    rosters = {rank: cluster.roster(rank, delivers=True) for rank in heirs}
+    others = {leader: [r for r in range(PER_NODE) if leader + r not in heirs] for leader in cluster.parts}
+    for look in range(400):
+        clock.now_s += 1.0
+        for leader, ranks in others.items():
+            cluster.local_rows(leader)[ranks, BEAT] += 1
+        for rank in [rank for rank in heirs if look < deaths.get(rank, look + 1)]:
+            rosters[rank].come_by()
+    return {frozenset(np.flatnonzero(rosters[rank].lost).tolist()) for rank in heirs if rank not in deaths}
+
+
+for pause in (0, 40, 150):
+    assert lost_after_leaders({0: 20, PER_NODE: 20 + pause}) == {frozenset({0, PER_NODE})}, pause
 for update in (0.05, 1.0, 8.0, 20.0, TIMEOUT_S, 10 * TIMEOUT_S):
     for spread in (0.0, 0.2):
         found = lost_after(update, spread, dead_from=UPDATES)
