@@ -78,7 +78,7 @@ def test_windows_that_never_fit_fail(mpi: Mpi, tmp_path: Path) -> None:
     done = mpi.run(3, *COMMAND, "--json", "--parameters", str(10**12), timeout_s=90, cwd=tmp_path)
     finding = one(entries_of(done), "memory.shm")
     assert done.returncode == 1 and finding["status"] == FAIL and "--shm-size=" in finding["fix"]
-    assert finding["values"]["need_bytes"] == pytest.approx(3 * 3 * 4 * 10**12, rel=1e-3)
+    assert finding["values"]["need_bytes"] == pytest.approx(3 * 4 * 4 * 10**12, rel=1e-3)
 
 
 @pytest.mark.parametrize("through", ["slurm", "step", "other mpirun"])
