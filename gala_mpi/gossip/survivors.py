@@ -15,7 +15,8 @@ learner itself carries these messages, else the courier.
     answer   the rank after it: a store or a Put            this rank
 
 Numbers rise over all ranks that this one sends to, so that the answer of an earlier one is none to a later message. It
-may land over the answer to that, which then comes again (see `background`).
+may land over the answer to that, which then comes again (see `background`; tests/gossip/programs/courier_properties.py
+turns such edges in any order).
 
 Growth: a slot and a word in the window, whatever the number of ranks. They are there from the start, used or not:
 memory that is asked for only when a rank is lost may not be there then, which would end the process. Beside that three

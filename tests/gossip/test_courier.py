@@ -17,6 +17,7 @@ PROGRAM = str(Path(__file__).parent / "programs" / "courier_properties.py")
     "check",
     [
         "any_order",
+        "edges_that_turn",
         "three_threads",
         "a_lost_rank_costs_its_own_messages_alone",
         "an_unexpected_error_ends_the_thread_and_is_raised",
@@ -42,6 +43,23 @@ BROKEN = {
     "AnswersBeforeItHasTaken": "called arrived before it was|a message has not arrived",
     "NeverAnswersAgain": "a message has not arrived",
 }
+
+
+WRONG = "a torn message|a message of another rank|an older message after a newer one|a message has not arrived"
+BROKEN_TURNS = {
+    "NeverAnswersAgain": "a message has not arrived",
+    "TakesFromAnybody": WRONG,
+    "TakesWithoutACheck": WRONG,
+    "GivesOutTheSlot": WRONG,
+    "CallsItDoneInFlight": "called arrived before it was|a message has not arrived",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_TURNS)
+def test_the_check_of_edges_that_turn_catches_a_broken_end(one_mpi: Mpi, broken: str) -> None:
+    done = one_mpi.run(1, PROGRAM, "edges_that_turn", "--broken", broken, timeout_s=120)
+    assert done.returncode != 0
+    assert any(text in done.stderr for text in BROKEN_TURNS[broken].split("|")), done.stderr
 
 
 @pytest.mark.parametrize("broken", BROKEN)

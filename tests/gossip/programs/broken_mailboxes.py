@@ -188,6 +188,14 @@ class AnswersBeforeItHasTaken(BackgroundInbox):
         self._taken = taken
 
 
+class TakesFromAnybody(BackgroundInbox):
+    """Wrong: takes whatever lies in the slot, whoever has sent it."""
+
+    def look(self) -> None:
+        self._source = int(self._slot[: HEADER.itemsize].view(HEADER)["sender"][0])
+        super().look()
+
+
 class NeverAnswersAgain(BackgroundInbox):
     """Wrong: answers each message once, whatever becomes of the answer."""
 
@@ -214,5 +222,12 @@ BROKEN_BACKGROUND_OUTBOXES = {
 BROKEN_INBOXES = {kind.__name__: kind for kind in (ReadsInPlace,)}
 BROKEN_BACKGROUND_INBOXES = {
     kind.__name__: kind
-    for kind in (GivesOutTheSlot, TakesWithoutACheck, TakesOlderOnesToo, AnswersBeforeItHasTaken, NeverAnswersAgain)
+    for kind in (
+        GivesOutTheSlot,
+        TakesWithoutACheck,
+        TakesOlderOnesToo,
+        AnswersBeforeItHasTaken,
+        NeverAnswersAgain,
+        TakesFromAnybody,
+    )
 }

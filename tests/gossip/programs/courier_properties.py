@@ -20,7 +20,14 @@ import numpy as np
 from broken_mailboxes import BROKEN_BACKGROUND_INBOXES, BROKEN_BACKGROUND_OUTBOXES
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from mpi4py import MPI
 
 from gala_mpi.gossip import background
@@ -71,13 +78,13 @@ class Put:
 
 
 class Network:
-    """Windows of two ranks, and what is on its way between them."""
+    """Windows of some ranks, and what is on its way between them."""
 
-    def __init__(self, completes: Callable[[], bool], seed: int = 0) -> None:
+    def __init__(self, completes: Callable[[], bool], seed: int = 0, ranks: int = 2) -> None:
         self.completes, self.rng = completes, random.Random(seed)
         self.calls = 0
         self.failure: BaseException | None = None
-        self.memory = [np.zeros(NBYTES, np.uint8) for _ in range(2)]
+        self.memory = [np.zeros(NBYTES, np.uint8) for _ in range(ranks)]
         self.puts: list[Put] = []
         self.lock = threading.RLock()
 
@@ -278,6 +285,157 @@ class Delivery(RuleBasedStateMachine):
         if self.network is not None:
             self.mailbox.check_held()
             self.mailbox.check_memory()
+
+
+class Turning(RuleBasedStateMachine):
+    """Edges that turn, as those of the ring of survivors: two ranks send to two others, now to one, now to the other.
+
+    Each receiver has one slot for both, and each sender one word for the answers of both. Who sends to whom and who
+    heeds whom changes at any time, not at once, so both may write into one slot.
+    """
+
+    outboxes, inboxes = BackgroundOutbox, BackgroundInbox
+    SENDERS, RECEIVERS = (0, 1), (2, 3)
+
+    @initialize(seed=st.integers(0, 10**6))
+    def begin(self, seed: int) -> None:
+        self.network = Network(lambda: True, seed, ranks=4)
+        windows = [Window(self.network, rank) for rank in range(4)]
+        self.pairs = [(sender, receiver) for sender in self.SENDERS for receiver in self.RECEIVERS]
+        self.out = {(s, r): self.outboxes(windows[s], r, SLOT, ANSWER, CAPACITY) for s, r in self.pairs}
+        self.inb = {(s, r): self.inboxes(windows[r], s, SLOT, ANSWER, CAPACITY) for s, r in self.pairs}
+        self.peers: dict[int, list[Peer]] = {rank: [] for rank in range(4)}
+        for sender, receiver in self.pairs:
+            sending, receiving = Peer(receiver, None), Peer(sender, None)
+            sending.add(self.out[sender, receiver])
+            receiving.add(self.inb[sender, receiver])
+            self.inb[sender, receiver].heeded = False
+            self.peers[sender].append(sending)
+            self.peers[receiver].append(receiving)
+        self.target: dict[int, int] = {}
+        self.number, self.posted = [0, 0], [0, 0]
+        self.taken = dict.fromkeys(self.pairs, 0)
+
+    def turn(self, sender: int, receiver: int) -> None:
+        """As `Survivors` does."""
+        if sender in self.target:
+            self.number[sender] = self.out[sender, self.target[sender]].end()
+        self.target[sender] = receiver
+        self.out[sender, receiver].begin_at(self.number[sender])
+
+    def heed(self, receiver: int, sender: int) -> None:
+        for other in self.SENDERS:
+            self.inb[other, receiver].heeded = other == sender
+
+    @rule(sender=st.sampled_from(SENDERS), receiver=st.sampled_from(RECEIVERS))
+    def turns(self, sender: int, receiver: int) -> None:
+        if self.target.get(sender) != receiver:
+            self.turn(sender, receiver)
+
+    @rule(sender=st.sampled_from(SENDERS), receiver=st.sampled_from(RECEIVERS))
+    def heeds(self, sender: int, receiver: int) -> None:
+        self.heed(receiver, sender)
+
+    @rule(sender=st.sampled_from(SENDERS))
+    def post(self, sender: int) -> None:
+        if sender in self.target:
+            self.posted[sender] += 1
+            # Those of one sender are odd, of the other even.
+            post(self.out[sender, self.target[sender]], 2 * self.posted[sender] + sender)
+
+    def carry(self, *ranks: int) -> None:
+        for rank in ranks:
+            for peer in self.peers[rank]:
+                peer.carry()
+
+    @rule(
+        steps=st.lists(st.sampled_from([0, 1, 2, 3, "land", "land all"]), min_size=3, max_size=12),
+        passed_s=st.sampled_from([0.02, 0.2, 6.0]),
+    )
+    def go_on(self, steps: list[Any], passed_s: float) -> None:
+        """The couriers of these ranks come by, and words land."""
+        CLOCK.now_s += passed_s
+        for step in steps:
+            if step == "land all":
+                self.network.land_all()
+            elif step == "land":
+                self.network.land(1)
+            else:
+                self.carry(step)
+
+    @rule(sender=st.sampled_from(SENDERS), pieces=st.integers(1, 3))
+    def a_look_at_a_part_of_a_message(self, sender: int, pieces: int) -> None:
+        if sender not in self.target:
+            return
+        receiver = self.target[sender]
+        self.heed(receiver, sender)
+        self.post(sender)
+        self.carry(sender)
+        self.network.land(pieces)
+        CLOCK.now_s += background.LONGEST_PAUSE_S
+        self.carry(receiver)
+        self.take(receiver, sender)
+
+    @rule(sender=st.sampled_from(SENDERS))
+    def a_turn_that_is_noticed_late(self, sender: int) -> None:
+        """The receiver of before takes its message, and answers it, once the next has answered that of its own."""
+        if sender not in self.target:
+            return
+        before = self.target[sender]
+        after = next(rank for rank in self.RECEIVERS if rank != before)
+        self.post(sender)
+        self.carry(sender)
+        self.network.land_all()
+        self.turn(sender, after)
+        self.post(sender)
+        self.carry(sender)
+        for receiver in (after, before):
+            self.heed(receiver, sender)
+            self.network.land_all()
+            CLOCK.now_s += background.LONGEST_PAUSE_S
+            self.carry(receiver)
+        self.network.land_all()
+
+    @rule(receiver=st.sampled_from(RECEIVERS), sender=st.sampled_from(SENDERS))
+    def take(self, receiver: int, sender: int) -> None:
+        message = self.inb[sender, receiver].take()
+        if message is not None:
+            assert message.sender == sender and message.update % 2 == sender, "a message of another rank"
+            assert message.update > self.taken[sender, receiver], "an older message after a newer one"
+            assert np.array_equal(message.payload.view(np.int64), content(message.update)), "a torn message"
+            self.taken[sender, receiver] = message.update
+
+    @rule(crossed=st.booleans())
+    def all_agree_and_go_on(self, crossed: bool) -> None:
+        """Then what is posted arrives, whatever was on its way."""
+        for sender, receiver in zip(self.SENDERS, self.RECEIVERS[::-1] if crossed else self.RECEIVERS, strict=True):
+            self.turns(sender, receiver)
+            self.heed(receiver, sender)
+            self.post(sender)
+        for _ in range(10):
+            self.network.land_all()
+            CLOCK.now_s += background.REPEAT_AFTER_S
+            self.carry(*self.RECEIVERS)
+            self.network.land_all()
+            self.carry(*self.SENDERS)
+        for sender, receiver in self.target.items():
+            assert not self.out[sender, receiver].pending, "a message has not arrived"
+            self.take(receiver, sender)
+            assert self.taken[sender, receiver] == 2 * self.posted[sender] + sender
+
+    @invariant()
+    def arrived(self) -> None:
+        """What is not pending was taken."""
+        for pair in getattr(self, "target", {}).items():
+            if not self.out[pair].pending and self.out[pair]._number > self.number[pair[0]]:
+                assert self.inb[pair]._taken >= self.out[pair]._number, "called arrived before it was"
+
+
+def edges_that_turn() -> None:
+    """Every property, whoever sends to whom, and whoever heeds whom."""
+    background.time = CLOCK  # type: ignore[assignment]
+    how = settings(max_examples=200, stateful_step_count=40, deadline=None, database=None, phases=[Phase.generate])
+    run_state_machine_as_test(Turning, settings=how)
 
 
 def any_order() -> None:
@@ -502,6 +660,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         any_order,
+        edges_that_turn,
         three_threads,
         a_lost_rank_costs_its_own_messages_alone,
         an_unexpected_error_ends_the_thread_and_is_raised,
@@ -515,10 +674,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("check", choices=CHECKS)
     kinds = [*BROKEN_BACKGROUND_OUTBOXES, *BROKEN_BACKGROUND_INBOXES]
-    parser.add_argument("--broken", choices=kinds, help="a wrong end of the mailbox, for any_order")
+    parser.add_argument("--broken", choices=kinds, help="a wrong end of the mailbox, for any_order, edges_that_turn")
     arguments = parser.parse_args()
-    Delivery.outboxes = BROKEN_BACKGROUND_OUTBOXES.get(arguments.broken, BackgroundOutbox)
-    Delivery.inboxes = BROKEN_BACKGROUND_INBOXES.get(arguments.broken, BackgroundInbox)
+    for machine in (Delivery, Turning):
+        machine.outboxes = BROKEN_BACKGROUND_OUTBOXES.get(arguments.broken, BackgroundOutbox)
+        machine.inboxes = BROKEN_BACKGROUND_INBOXES.get(arguments.broken, BackgroundInbox)
     CHECKS[arguments.check]()
 
 
