@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 from conftest import Mpi
 
@@ -51,4 +52,6 @@ def test_a_run_tells_where_its_time_went(one_mpi: Mpi, exchange: str, tmp_path: 
     parts = {part: profile[f"{part}_s"][-1] - profile[f"{part}_s"][0] for part in PARTS}
     assert all(seconds > 0 for part, seconds in parts.items())
     assert sum(parts.values()) == pytest.approx(passed, rel=0.05)
-    assert parts["exchange"] == pytest.approx(updates["exchange_s"][-1] - updates["exchange_s"][0], rel=0.5)
+    # Of a usual update: where it is held up between two clocks, by other work, one of them counts that alone.
+    usual, counted = (np.median(np.diff(table["exchange_s"])) for table in (profile, updates))
+    assert usual == pytest.approx(counted, rel=0.5)
