@@ -255,7 +255,6 @@ def _start_limit(command: str) -> Iterator[None]:
         "come so far: it may have died, or its node is slow\n"
     )
     speaks = libraries.speaks_for_node(libraries.launch(os.environ), os.environ)
-    _native.running_s()
     _native.watch(within_s, complaint if speaks else "")
     try:
         yield

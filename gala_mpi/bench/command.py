@@ -25,7 +25,7 @@ from gala_mpi.doctor.findings import FAIL, OK
 from gala_mpi.doctor.peers import Watch
 from gala_mpi.exit_codes import EXIT_CONFIG
 from gala_mpi.gossip.shared_topology import topology_on_all_ranks
-from gala_mpi.gossip.topology import AUTO
+from gala_mpi.gossip.topology import called
 from gala_mpi.mpi.collective import on_all_ranks
 from gala_mpi.units import in_units
 
@@ -208,8 +208,7 @@ def _job(
 ) -> dict[str, Any]:
     """What all sizes share."""
     chosen = {key: value for key, value in dataclasses.asdict(options).items() if key != "json"}
-    if options.topology == AUTO:
-        chosen["topology"] = f"{topology.name} ({AUTO})"
+    chosen["topology"] = called(options.topology, topology)
     bindings = placement.bindings(places, libraries.launch(os.environ), library)
     return {
         "version": __version__,

@@ -22,7 +22,7 @@ from gala_mpi.doctor.findings import as_json, as_text, failed, merge
 from gala_mpi.doctor.peers import Peers, Watch
 from gala_mpi.exit_codes import EXIT_ERROR, EXIT_OK
 from gala_mpi.gossip.rules import Weights
-from gala_mpi.gossip.topology import AUTO, TOPOLOGIES, Topology, make_topology, with_edges
+from gala_mpi.gossip.topology import TOPOLOGIES, Topology, called, make_topology, with_edges
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -105,9 +105,8 @@ def run(args: list[str], comm: Intracomm, watch: Watch) -> int:
     findings = merge(examination.findings())
     code: int = peers.tell_all(EXIT_ERROR if failed(findings) else EXIT_OK, VERDICT)
     if comm.rank == 0:
-        name = topology(examination.nodes or None).name
-        chosen = f" ({AUTO})" if options.topology == AUTO else ""
-        title = f"gala-mpi doctor: {comm.size} rank(s), topology {name}{chosen}"
+        name = called(options.topology, topology(examination.nodes or None))
+        title = f"gala-mpi doctor: {comm.size} rank(s), topology {name}"
         output.say(as_json(findings, examination.nodes) if options.json else as_text(findings, title))
     if not examination.healthy:
         _end_all(comm, watch)

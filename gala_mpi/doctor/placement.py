@@ -55,16 +55,26 @@ def on_one_core(places: Sequence[Placed], found: Launch, library: str) -> list[F
     return [finding for finding in bindings(places, found, library) if finding.status == FAIL]
 
 
+def by_node(places: Sequence[Placed]) -> list[tuple[int, ...]]:
+    """The ranks of each node, ascending, in the order of their first ones."""
+    found: dict[str, list[int]] = {}
+    for rank, place in enumerate(places):
+        found.setdefault(place.node, []).append(rank)
+    return [tuple(ranks) for ranks in found.values()]
+
+
 def _sharing(places: Sequence[Placed]) -> list[tuple[tuple[int, ...], frozenset[int]]]:
     """Ranks of a node whose masks overlap, directly or through others, with all the cores of these masks."""
-    of_nodes: dict[str, list[tuple[tuple[int, ...], frozenset[int]]]] = {}
-    for rank, place in enumerate(places):
-        groups = of_nodes.setdefault(place.node, [])
-        touched = [group for group in groups if group[1] & place.cpus]
-        ranks = tuple(sorted({rank}.union(*(group[0] for group in touched))))
-        groups[:] = [group for group in groups if group not in touched]
-        groups.append((ranks, place.cpus.union(*(group[1] for group in touched))))
-    return [group for groups in of_nodes.values() for group in groups]
+    found: list[tuple[tuple[int, ...], frozenset[int]]] = []
+    for here in by_node(places):
+        groups: list[tuple[tuple[int, ...], frozenset[int]]] = []
+        for rank in here:
+            touched = [group for group in groups if group[1] & places[rank].cpus]
+            ranks = tuple(sorted({rank}.union(*(group[0] for group in touched))))
+            groups = [group for group in groups if group not in touched]
+            groups.append((ranks, places[rank].cpus.union(*(group[1] for group in touched))))
+        found += groups
+    return found
 
 
 def _binding(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gala_mpi.doctor.findings import FAIL, OK, Finding, merge
 from gala_mpi.doctor.libraries import launch, singletons, window_model
-from gala_mpi.doctor.placement import on_one_core, placed
+from gala_mpi.doctor.placement import by_node, on_one_core, placed
 from gala_mpi.doctor.storage import judge_room, shared_memory
 from gala_mpi.mpi.room import place_of_windows, room
 from gala_mpi.mpi.window import WORD_BYTES, Window
@@ -34,10 +34,7 @@ def ruinous(comm: Intracomm, nbytes_needed_per_rank: int, out: Path | None, libr
     places = [fact[0] for fact in facts]
     launcher = launch(os.environ)
     findings = singletons(launcher, comm.size, library) + on_one_core(places, launcher, library)
-    of_nodes: dict[str, list[int]] = {}
-    for rank, place in enumerate(places):
-        of_nodes.setdefault(place.node, []).append(rank)
-    for ranks in map(tuple, of_nodes.values()):
+    for ranks in by_node(places):
         need = sum(facts[rank][2] for rank in ranks)
         findings.append(shared_memory(facts[ranks[0]][1], need, ranks, library, of_windows))
         if not all(facts[rank][3] for rank in ranks):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from gala_mpi import __version__, arguments, output
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, at_home, load_preset, reaching
 from gala_mpi.exit_codes import EXIT_DIVERGED, EXIT_ERROR, EXIT_LOST, EXIT_OK, EXIT_STOPPED, EXIT_UNWRITTEN
-from gala_mpi.gossip.topology import AUTO, TOPOLOGIES, Topology, make_topology
+from gala_mpi.gossip.topology import TOPOLOGIES, Topology, called, make_topology
 from gala_mpi.learning.environments import check_environment
 from gala_mpi.mpi.collective import RankFailureError, on_all_ranks
 from gala_mpi.mpi.waiting import Watchdog
@@ -227,7 +227,7 @@ def _graph(config: TrainConfig, topology: Topology) -> str:
     """What it is, and that `auto` has chosen it, if so."""
     if topology.name not in TOPOLOGIES:
         return f"the edge list {topology.name}"
-    return f"topology {topology.name}" + (" (auto)" if config.exchange.topology == AUTO else "")
+    return f"topology {called(config.exchange.topology, topology)}"
 
 
 def _farewell(summary: Summary, info: RunInfo, config: TrainConfig, *, taken_over: bool) -> str:
