@@ -57,7 +57,7 @@ from gala_mpi.gossip.rules import (
 AUTO, HIERARCHICAL, ONE_PEER, RING = "auto", "hierarchical", "one-peer-exponential", "ring"
 PLACED = (AUTO, HIERARCHICAL)
 """Topologies that depend on the placement of ranks on nodes."""
-# In lockstep a ring of up to 8 ranks is worth 88 % of them or more, of 12 it is 75 % (effective neighbours, gamma=0.99).
+# In lockstep a ring of 8 ranks is worth 88 % of them, of 12 it is 75 % (effective neighbours at gamma = 0.99).
 RING_SERVES = 8
 # The effective neighbours of rings, however long they are, at gamma 0.99; of a star there are fewer the larger it is.
 RING_GAINS = {"ring": 11, "bidirectional-ring": 18}
