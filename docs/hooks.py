@@ -16,6 +16,7 @@ from gala_mpi.bench.command import BenchOptions
 from gala_mpi.config import TrainConfig, load_preset, preset_names
 from gala_mpi.doctor.command import DoctorOptions
 from gala_mpi.graphs.command import TopologyOptions
+from gala_mpi.status.command import StatusOptions
 from gala_mpi.storage.schema import READING, TABLES
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def configuration() -> Iterator[str]:
     commands = (
         ("train", TrainConfig),
         ("doctor", DoctorOptions),
+        ("status", StatusOptions),
         ("topology", TopologyOptions),
         ("bench", BenchOptions),
     )

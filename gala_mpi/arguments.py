@@ -32,10 +32,13 @@ def parse(options: type[T], command: str, description: str, args: list[str], def
             return _tyro(options, command, description, args, default)
     except SystemExit as error:
         lines = _lines(said.getvalue())
-        if missing := _missing(lines, settings.sections(options)):
+        unknown = _unknown(args, settings.sections(options))
+        if (missing := _missing(lines, settings.sections(options))) and not unknown:
             usage = settings.usage(command, settings.sections(options))
             raise UsageError(f"{' and '.join(missing)}: not given; {usage}") from error
         line = " ".join(lines)
+        if unknown and "Unrecognized" not in line:
+            raise UsageError(f"{' and '.join(unknown)}: no such option (see gala-mpi {command} --help)") from error
         for pattern, ours in CLEARER:
             line = re.sub(pattern, ours, line)
         raise UsageError(f"{line} (see gala-mpi {command} --help)") from error
@@ -74,6 +77,13 @@ def _missing(lines: list[str], found: list[settings.Section]) -> list[str]:
     first_words = {line.partition(" ")[0] for line in lines}
     needed = [setting.name for section in found for setting in section.settings if setting.required]
     return [name for name in needed if name in first_words]
+
+
+def _unknown(args: list[str], found: list[settings.Section]) -> list[str]:
+    """The options among `args` that there are not."""
+    names = {name for section in found for setting in section.settings for name in setting.name.split(", ")}
+    given = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    return [name for name in dict.fromkeys(given) if name not in names]
 
 
 def _lines(box: str) -> list[str]:

@@ -30,6 +30,8 @@ commands, each with a --help of its own:
              mpirun -n 4 gala-mpi train --resume runs/pong
   doctor     examine MPI, the nodes and the file system before a run
              mpirun -n 4 gala-mpi doctor
+  status     say whether runs go on, or how they have ended
+             gala-mpi status runs/pong
   topology   describe and draw who sends to whom
              gala-mpi topology hierarchical --size 16 --ranks-per-node 4 --draw graph.png
   bench      measure what an exchange costs, beside memcpy and all-reduce
@@ -96,6 +98,18 @@ def topology(args: list[str]) -> int:
         return _refuse_once(error)
 
 
+def status(args: list[str]) -> int:
+    """Say how runs stand; returns the exit code. Local: without MPI."""
+    from gala_mpi.status import command as status_report
+
+    try:
+        text, code = status_report.report(args)
+    except UsageError as error:
+        return _refuse_once(error)
+    _print_once(text)
+    return code
+
+
 def doctor(args: list[str]) -> int:
     """Examine MPI, the nodes and the file system; returns the exit code. All ranks of the job call it."""
     from gala_mpi.doctor import command as examiner
@@ -114,6 +128,7 @@ def bench(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "status": status,
     "topology": topology,
     "doctor": doctor,
     "bench": bench,
@@ -144,7 +159,7 @@ def under_mpi(command: str, run: Callable[[MPI.Intracomm], int]) -> int:
         # Raised on all ranks alike: one of them speaks.
         # Ranks that the launcher could not join are all rank 0: it knows them apart.
         speaks = comm.rank == 0 and (comm.size > 1 or _speaks_for_launcher())
-        code = refuse(error) if speaks else EXIT_CONFIG
+        code = refuse(error) if speaks else error.exit_code
     except RankFailureError as error:
         # Raised on all ranks alike: they end together.
         if error.__cause__ is not None:
@@ -179,7 +194,7 @@ def _end(code: int) -> None:
 def refuse(error: UsageError) -> int:
     """Say what cannot be done; returns the exit code for it."""
     output.complain(f"gala-mpi: error: {error}")
-    return EXIT_CONFIG
+    return error.exit_code
 
 
 def train_help(args: list[str]) -> str:
@@ -194,6 +209,13 @@ def topology_help(args: list[str]) -> str:
     from gala_mpi.graphs import command as topology_report
 
     return topology_report.help_text(args)
+
+
+def status_help(args: list[str]) -> str:
+    """What `gala-mpi status --help` prints."""
+    from gala_mpi.status import command as status_report
+
+    return status_report.help_text(args)
 
 
 def doctor_help(args: list[str]) -> str:
@@ -212,6 +234,7 @@ def bench_help(args: list[str]) -> str:
 
 HELP: dict[str, Callable[[list[str]], str]] = {
     "train": train_help,
+    "status": status_help,
     "topology": topology_help,
     "doctor": doctor_help,
     "bench": bench_help,

@@ -15,6 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from gala_mpi.exit_codes import EXIT_CONFIG
+
 # Of a TOML file: a long one could be slow to read.
 CONFIG_BYTES = 2**14
 
@@ -22,12 +24,18 @@ CONFIG_BYTES = 2**14
 class UsageError(Exception):
     """What the user asked for cannot be done; the text is the one line that says why."""
 
+    exit_code = EXIT_CONFIG
+
 
 class ConfigError(UsageError):
-    """A setting that cannot be used: names the field, the value and what is allowed."""
+    """A setting that cannot be used: names the field, the value and what is allowed.
+
+    A name in capitals is that of an argument that has no option.
+    """
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
-        super().__init__(f"--{name.replace('_', '-')}: {value!r} cannot be used; expected {allowed}")
+        option = name if name.isupper() else f"--{name.replace('_', '-')}"
+        super().__init__(f"{option}: {value!r} cannot be used; expected {allowed}")
 
 
 @contextlib.contextmanager

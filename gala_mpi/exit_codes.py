@@ -8,4 +8,5 @@ EXIT_CONFIG = 2  # a setting that cannot be used; nothing was written
 EXIT_LOST = 3  # as 0, but ranks were lost on the way
 EXIT_DIVERGED = 4  # as 0, but ranks ended as their parameters were not finite
 EXIT_UNWRITTEN = 5  # as 0 or 75, but not all could be written
+EXIT_HELD = 6  # the run still goes on, by another start; nothing was written
 EXIT_STOPPED = 75  # stopped by a signal, or as another start goes on with the run: --resume goes on

@@ -113,7 +113,7 @@ def _setting(name: str, hint: Any, value: object, meaning: str) -> Setting:
     if extras:
         hint = get_args(hint)[0]
     if any("Positional" in repr(extra) for extra in extras):
-        return Setting(name.upper(), "", "", meaning)
+        return Setting(name.upper(), "..." if get_origin(hint) is tuple else "", "", meaning)
     option = f"--{name.replace('_', '-')}"
     if hint is bool:
         return Setting(f"{option}, --no-{option[2:]}", "", "on" if value else "off", meaning)
@@ -126,7 +126,7 @@ def _values(hint: Any) -> str:
         return "{" + ",".join(map(str, options)) + "}"
     if get_origin(hint) is tuple:
         return f"{VALUES[options[0]]} ..."
-    return VALUES[options[0] if options else hint]
+    return _values(options[0]) if options else VALUES[hint]
 
 
 def _as_text(value: object) -> str:

@@ -18,6 +18,7 @@ from gala_mpi.gossip.parameters import FlatParameters
 from gala_mpi.gossip.topology import TOPOLOGIES
 from gala_mpi.graphs.command import TopologyOptions
 from gala_mpi.learning.learner import Learner
+from gala_mpi.status.command import StatusOptions
 from gala_mpi.storage.resume import FIXED
 from gala_mpi.storage.schema import READING, TABLES
 
@@ -44,7 +45,7 @@ SOURCES = "gala_mpi|tests|jobs|benchmarks|analysis|src|docs|examples"
 
 def all_settings() -> set[str]:
     found = set()
-    for options in (TrainConfig, DoctorOptions, TopologyOptions, BenchOptions):
+    for options in (TrainConfig, DoctorOptions, StatusOptions, TopologyOptions, BenchOptions):
         for section in settings.sections(options):
             for one in section.settings:
                 found |= {name.removeprefix("--") for name in re.findall(r"--[a-z-]+", one.name)}

@@ -21,6 +21,7 @@ BELOW = {
     "mpi": set(),
     "gossip": {"mpi"},
     "storage": {"mpi"},
+    "status": {"storage"},
     "learning": {"gossip.parameters"},
     "graphs": {"gossip.topology", "gossip.mixing"},
     "doctor": {"mpi", "gossip"},

@@ -36,12 +36,12 @@ def on_all_ranks(comm: Intracomm, make: Callable[[], T]) -> T:
     first UsageError. An error of MPI's is raised at once: nobody may be there to agree with.
     """
     made: list[T] = []
-    refusal: str | None = None
+    refusal: tuple[str, int] | None = None
     failure: Exception | None = None
     try:
         made.append(make())
     except UsageError as error:
-        refusal = str(error)
+        refusal = str(error), error.exit_code
     except Exception as error:
         if hasattr(error, "Get_error_class"):
             raise
@@ -51,7 +51,9 @@ def on_all_ranks(comm: Intracomm, make: Callable[[], T]) -> T:
         raise RankFailureError(failed) from failure
     for said, _ in found:
         if said is not None:
-            raise UsageError(said)
+            refused = UsageError(said[0])
+            refused.exit_code = said[1]
+            raise refused
     return made[0]
 
 

@@ -180,6 +180,18 @@ def read(path: Path, largest_bytes: int) -> Checkpoint:
     return Checkpoint(facts, tensors, path)
 
 
+def read_facts(path: Path) -> Facts:
+    """The facts of a checkpoint alone, whose digest is not looked at. Raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > LARGEST_HEADER_BYTES:
+                raise ValueError("it is no safetensors file")
+            return Facts.from_json(json.loads(file.read(length))["__metadata__"]["facts"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be used: {first_line(error)}") from error
+
+
 class CheckpointFolder:
     """The checkpoints of one rank: the last `keep` of them, and the best.
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gala_mpi.config import CONFIG_BYTES, ConfigError, TrainConfig, reaching, read_config
+from gala_mpi.exit_codes import EXIT_HELD
 from gala_mpi.files import first_line, read_file, write_new_file
 from gala_mpi.mpi.collective import on_all_ranks
-from gala_mpi.storage.lease import LEASE_FILE, LeaseError, check_free, write_lease
+from gala_mpi.storage.lease import LEASE_FILE, End, HeldError, LeaseError, check_free, write_lease
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -54,8 +55,8 @@ class RunInfo:
     run_id: str
     started: str
     segment: int
-    after_an_end: bool
-    """Whether the segment before, if any, ended in order."""
+    before: End
+    """How the segment before, if any, has ended."""
 
 
 def config_file(folder: Path, segment: int) -> Path:
@@ -133,7 +134,7 @@ def _create(config: TrainConfig) -> RunInfo:
     with reaching("out", out):
         out = out.absolute()
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    info = RunInfo(out, made, uuid.uuid4().hex, _now(), segment=0, after_an_end=False)
+    info = RunInfo(out, made, uuid.uuid4().hex, _now(), segment=0, before=End())
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -172,21 +173,30 @@ def _reopen(config: TrainConfig) -> RunInfo:
     if last >= LAST_SEGMENT:
         raise ConfigError("resume", str(folder), f"a run whose files have segments below {LAST_SEGMENT}")
     try:
-        ended = check_free(folder, last)
+        before = check_free(folder, last)
         write_new_file(config_file(folder, segment), as_toml(config).encode())
         try:
             write_lease(folder, run_id, segment)
         except OSError:
             config_file(folder, segment).unlink()
             raise
+    except HeldError as error:
+        raise _held(folder, f"a run that has ended; {error}") from error
     except LeaseError as error:
         raise ConfigError("resume", str(folder), f"a run that has ended; {error}") from error
     except FileExistsError as error:
-        raise ConfigError("resume", str(folder), "a run that nobody else goes on with just now") from error
+        raise _held(folder, "a run that nobody else goes on with just now") from error
     except OSError as error:
         raise ConfigError("resume", str(folder), f"a folder that can be written ({error.strerror})") from error
     _tidy_up(folder, last)
-    return RunInfo(folder.resolve(), [], run_id, _now(), segment, ended)
+    return RunInfo(folder.resolve(), [], run_id, _now(), segment, before)
+
+
+def _held(folder: Path, allowed: str) -> ConfigError:
+    """The refusal of a run that another start goes on with: a job may try again later."""
+    error = ConfigError("resume", str(folder), allowed)
+    error.exit_code = EXIT_HELD
+    return error
 
 
 def _tidy_up(folder: Path, last: int) -> None:
@@ -197,22 +207,22 @@ def _tidy_up(folder: Path, last: int) -> None:
                 path.unlink()
 
 
-def run_id_of(folder: Path) -> str:
-    """The run's id. Raises ConfigError if this is no run's folder."""
+def run_id_of(folder: Path, setting: str = "resume") -> str:
+    """The run's id. Raises ConfigError, of the setting that gave it, if this is no run's folder."""
     try:
         about = json.loads(read_file(folder / RUN_FILE, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError("resume", str(folder), f"{A_RUN} ({RUN_FILE}: {first_line(error)})") from error
+        raise ConfigError(setting, str(folder), f"{A_RUN} ({RUN_FILE}: {first_line(error)})") from error
     run_id = about.get("run_id") if isinstance(about, dict) else None
     if not isinstance(run_id, str) or not re.fullmatch(r"[0-9a-f]{32}", run_id):
-        raise ConfigError("resume", str(folder), f"{A_RUN} ({RUN_FILE} has no run_id)")
+        raise ConfigError(setting, str(folder), f"{A_RUN} ({RUN_FILE} has no run_id)")
     return run_id
 
 
-def saved_config(folder: Path) -> TrainConfig | None:
+def saved_config(folder: Path, setting: str = "resume") -> TrainConfig | None:
     """The configuration of the run's last segment; None if the first start was killed before it had written any.
 
-    Raises ConfigError if it cannot be read.
+    Raises ConfigError, of the setting that gave the folder, if it cannot be read.
     """
     path = config_file(folder, 0)
     try:
@@ -226,8 +236,8 @@ def saved_config(folder: Path) -> TrainConfig | None:
         if absent := [name for name in vars(TrainConfig()) if f"\n[{name}]\n" not in f"\n{text}"]:
             raise ValueError(f"it is not whole: it has no section [{absent[0]}]")
     except (OSError, ValueError) as error:
-        raise ConfigError("resume", str(folder), f"{A_RUN} ({path.name}: {first_line(error)})") from error
-    return read_config(text, "resume", str(folder))
+        raise ConfigError(setting, str(folder), f"{A_RUN} ({path.name}: {first_line(error)})") from error
+    return read_config(text, setting, str(folder))
 
 
 def _now() -> str:

@@ -218,7 +218,7 @@ def _find_checkpoints(
         log.warning,
         synchronous=exchange.synchronous,
     )
-    if resumption is None and info.after_an_end:
+    if resumption is None and info.before.ended:
         # Each start writes one before its first update, and none is said to have ended in order if it could not.
         raise ConfigError("resume", str(info.folder), "a run whose checkpoints are still there, as it ended in order")
     if comm.rank == 0:

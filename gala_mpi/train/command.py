@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from gala_mpi import __version__, arguments, output
 from gala_mpi.config import ConfigError, RunConfig, TrainConfig, UsageError, at_home, load_preset, reaching
+from gala_mpi.doctor.libraries import launch, singletons
 from gala_mpi.exit_codes import EXIT_DIVERGED, EXIT_ERROR, EXIT_LOST, EXIT_OK, EXIT_STOPPED, EXIT_UNWRITTEN
 from gala_mpi.gossip.topology import TOPOLOGIES, Topology, called, make_topology
 from gala_mpi.learning.environments import check_environment
 from gala_mpi.mpi.collective import RankFailureError, on_all_ranks
 from gala_mpi.mpi.waiting import Watchdog
 from gala_mpi.stopwatch import profile_table
-from gala_mpi.storage.lease import LEASE_FILE, Lease
+from gala_mpi.storage.lease import LEASE_FILE, End, Lease
 from gala_mpi.storage.resume import check_changes
 from gala_mpi.storage.run_folder import (
     RunInfo,
@@ -61,6 +62,7 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
         # One rank reads: a file system may show others an older configuration of the run for a while.
         found = on_all_ranks(comm, lambda: _read(args, comm.size) if comm.rank == 0 else None)
         config, changes = comm.bcast(found)
+        _refuse_singletons(comm)
         # Only now: torch takes seconds to import, and a bad setting should be told at once.
         from gala_mpi.train.agent import Agent
 
@@ -82,17 +84,14 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
     if comm.rank == 0:
         output.say("\n".join([_banner(config, comm, info, agent.topology), *agent.origin, *changes]))
     summary = agent.train(stop)
+    code = _exit_code(summary)
     if comm.rank == summary.speaker:
         if config.run.profile:
             output.say(profile_table(summary.profile, summary.updates))
         output.say(_farewell(summary, info, config, taken_over=lease.lost))
         with watchdog.limit(4 * config.exchange.neighbour_timeout_s, f"writing {LEASE_FILE}"):
             # Where checkpoints could not be written, the next start is not to count on them.
-            if summary.unwritten:
-                lease.let_go()
-            else:
-                lease.end()
-    code = _exit_code(summary)
+            lease.end(End(ended=not summary.unwritten, code=code, steps=summary.total_steps))
     if summary.lost:
         let_go()
         _leave(comm, code, speaks=comm.rank == summary.speaker)
@@ -100,10 +99,18 @@ def run(args: list[str], comm: MPI.Intracomm, stop: StopRequest) -> int:
     return code
 
 
+def _refuse_singletons(comm: MPI.Intracomm) -> None:
+    """Raise UsageError on ranks that the launcher started together, and MPI did not join: all would be rank 0."""
+    from gala_mpi.mpi.window import library_version
+
+    for finding in singletons(launch(os.environ), comm.size, library_version()):
+        raise UsageError(f"{finding.message}; what helps: {finding.fix} (gala-mpi doctor tells more)")
+
+
 def _undo(info: RunInfo, lease: Lease, comm: MPI.Intracomm) -> None:
     """Leave the folder as it was before this start, on the rank that made it: the same command may begin again."""
     if comm.rank == 0:
-        lease.give_back(ended=info.after_an_end)
+        lease.give_back(info.before)
         discard_run(info)
 
 

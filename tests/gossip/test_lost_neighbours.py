@@ -22,6 +22,8 @@ from conftest import ROOT, Mpi, finish, kill, rank_process
 from test_cli import has_rows
 from test_training import rows
 
+from gala_mpi.status.command import status_of
+
 PACED = str(ROOT / "tests" / "train" / "programs" / "paced.py")
 # 64 steps in 20 ms or more: some 7 s for three ranks, 10 s for two. Alone, the budget outlasts what happens to ranks.
 BUDGET = 55_000
@@ -274,7 +276,7 @@ def test_a_rank_that_is_to_stop_on_divergence_ends_alone(mpi: Mpi, tmp_path: Pat
     args = ("--preset", "cartpole", "--record-every", "1", "--total-steps", "40_000", "--on-divergence", "stop")
     done = mpi.run(3, PACED, "0", *args, "--out", str(run), env={"NAN_AT": "1:30"})
     assert done.returncode == 4, done.stderr
-    assert "ranks that diverged: 1" in done.stdout
+    assert "ranks that diverged: 1" in done.stdout and status_of(run).code == 4
     last = rows(run, 1, "updates")[-1]
     assert last["update"] == 30 and last["divergences"] == 1
     assert sum(int(rows(run, rank, "updates")["agent_steps"][-1]) for rank in (0, 2)) > 35_000

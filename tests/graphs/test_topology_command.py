@@ -95,6 +95,7 @@ def test_json_holds_the_measures_and_rebuilds_the_graph(tmp_path: Path) -> None:
         ([], " NAME and --size: not given; usage: gala-mpi topology NAME --size INTEGER [OPTIONS]\n"),
         (["ring"], " --size: not given; usage: "),
         (["--size", "4"], " NAME: not given; usage: "),
+        (["ring", "--ranks", "4"], " --ranks: no such option (see gala-mpi topology --help)"),
         (["ring", "--size"], " --size: no value is given; expected one (see "),
         (["ring", "--size", "0"], "--size: 0 "),
         (["ring", "--size", "4097"], "from 1 to 4096"),

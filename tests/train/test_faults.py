@@ -27,6 +27,7 @@ from test_cli import assert_closed
 from gala_mpi import files
 from gala_mpi.config import RecordConfig
 from gala_mpi.mpi.waiting import wait_until
+from gala_mpi.status.command import status_of
 from gala_mpi.storage.checkpoint import CheckpointError, CheckpointFolder, read
 from gala_mpi.storage.recorder import Recorder
 from gala_mpi.storage.run_folder import rank_file
@@ -147,7 +148,7 @@ def test_a_simulator_that_hangs_does_not_hold_others_up(mpi: Mpi, tmp_path: Path
     args = ("--total-steps", "60_000", "--neighbour-timeout-s", "2", "--simulator-timeout-s", "500")
     done = run_faulty(mpi, "hang", 3, tmp_path / "run", *args)
     assert done.returncode == 3, done.stderr
-    assert "lost ranks: 2" in done.stdout
+    assert "lost ranks: 2" in done.stdout and status_of(tmp_path / "run").code == 3
 
 
 def test_a_clock_that_is_set_back_changes_nothing(one_mpi: Mpi, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from conftest import MPIS, ROOT, Mpi, Once, finish, kill, rank_process
 from test_cli import start_long_run
 
 from gala_mpi.config import ConfigError
+from gala_mpi.status.command import status_of
 from gala_mpi.storage import lease, run_folder
 from gala_mpi.storage.checkpoint import Checkpoint, CheckpointFolder, encode, ranks_with_checkpoints, read
 from gala_mpi.storage.resume import _Found, _shares
@@ -330,10 +331,12 @@ def test_a_run_that_still_goes_on_is_refused(one_mpi: Mpi, tmp_path: Path) -> No
     run = tmp_path / "run"
     process = start_long_run(one_mpi, run, 2)
     done = one_mpi.run(2, *TRAIN, "--resume", str(run))
-    assert done.returncode == 2 and "expected a run that has ended; lease.json is still" in done.stderr, done.stderr
+    assert done.returncode == 6 and "expected a run that has ended; lease.json is still" in done.stderr, done.stderr
     assert not (run / "config.1.toml").exists()
+    assert status_of(run).state == "goes on" and status_of(run).code == 6
     os.kill(process.pid, signal.SIGUSR1)
     assert finish(process, 60).returncode == 75
+    assert status_of(run).state == "stopped by a signal" and status_of(run).code == 75
     resume(one_mpi, run, 2, "--total-steps", "100")
 
 
@@ -362,7 +365,8 @@ def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.Mon
     holder.hold()
     with pytest.raises(ConfigError, match=r"expected a run that has ended; lease.json is still being touched"):
         _reopen(config)
-    holder.end()
+    assert status_of(run).code == 6 and waits.pop() == 0.5
+    holder.end(lease.End(ended=True, code=75))
     (run / "segment-1").mkdir()
     (run / "segment-1" / "rank-00003.h5.tmp").write_text("not whole")
     assert waits == [0.5] and _reopen(config).segment == 2 and waits == [0.5]
@@ -373,7 +377,7 @@ def test_of_two_starts_at_once_one_is_refused(run: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(lease.time, "sleep", lambda _: lease.write_lease(run, run_id, 4))
     with pytest.raises(ConfigError, match="still being touched"):
         _reopen(config)
-    lease.write_lease(run, run_id, 4, ended=True)
+    lease.write_lease(run, run_id, 4, lease.End(ended=True, code=0))
     # What could not be begun leaves nothing.
     with monkeypatch.context() as full, pytest.raises(ConfigError, match="No space left"):
         full.setattr(run_folder, "write_lease", no_room)
@@ -398,11 +402,9 @@ def test_who_was_taken_for_dead_ends(one_mpi: Mpi, tmp_path: Path) -> None:
         os.kill(pid, signal.SIGCONT)
     done = finish(process, 60)
     assert done.returncode == 75 and "stopped (another start has the run's folder)" in done.stdout, done.stderr
-    assert json.loads((run / "lease.json").read_text()) == {
-        "run_id": run_folder.run_id_of(run),
-        "segment": 1,
-        "ended": True,
-    }
+    held = json.loads((run / "lease.json").read_text())
+    expected = {"run_id": run_folder.run_id_of(run), "segment": 1, "ended": True, "code": 0}
+    assert held.pop("steps") > 0 and held == expected
 
 
 @pytest.mark.parametrize("with_lease", [False, True])
