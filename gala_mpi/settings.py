@@ -125,7 +125,7 @@ def _values(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "{" + ",".join(map(str, options)) + "}"
     if get_origin(hint) is tuple:
-        return f"{VALUES[options[0]]} ..."
+        return f"{_values(options[0])} ..."
     return _values(options[0]) if options else VALUES[hint]
 
 

@@ -56,9 +56,9 @@ class StatusOptions:
     """Folders of runs."""
     json: bool = False
     """Print a line of JSON for each run instead of text."""
-    only: Literal["state", "code", "segment", "steps", "total_steps"] | None = None
-    """Print this alone of each run, for scripts: `code` is the exit code, `segment` the number of the last start, from
-    0 on."""
+    only: tuple[Literal["code", "segment", "steps", "total_steps"], ...] = ()
+    """Print these numbers alone, in this order, for scripts: `code` is the exit code, `segment` the number of the last
+    start, from 0 on."""
 
     def __post_init__(self) -> None:
         if not self.run:
@@ -83,8 +83,8 @@ def report(args: list[str]) -> tuple[str, int]:
     options = arguments.parse(StatusOptions, "status", DESCRIPTION, args)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = list(pool.map(status_of, options.run))
-    if options.only is not None:
-        lines = [str(getattr(one, options.only)) for one in found]
+    if options.only:
+        lines = [" ".join(str(getattr(one, name)) for name in options.only) for one in found]
     elif options.json:
         lines = [json.dumps(dataclasses.asdict(one)) for one in found]
     else:

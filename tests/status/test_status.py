@@ -48,8 +48,8 @@ def test_the_exit_code_is_that_of_the_run(code: int, run: Path) -> None:
     write_lease(run, run_id_of(run), 0, End(ended=code != 5, code=code, steps=320))
     found = status_of(run)
     assert (found.code, found.steps, found.state) == (code, 320, command.MEANING[code])
-    said, greatest = report(["--only", "code", str(run), str(run)])
-    assert (said, greatest) == (f"{code}\n{code}", code)
+    said, greatest = report([str(run), str(run), "--only", "code", "steps"])
+    assert (said, greatest) == (f"{code} 320\n{code} 320", code)
 
 
 def test_a_run_that_was_killed_can_be_resumed(run: Path) -> None:
