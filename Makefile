@@ -46,7 +46,7 @@ check: style
 	GALA_MPI_SECOND_ENV=none $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and (check or not job)" --durations=20
 
 lint: style
-	$(BIN)/shellcheck jobs/*.sbatch jobs/*.sh tests/*.sh .ci/run
+	$(BIN)/shellcheck -x -s bash jobs/*.sbatch jobs/train.pbs jobs/train.lsf jobs/*.sh tests/*.sh .ci/run
 	$(BIN)/cmake -S . -B build/werror -DGALA_MPI_WERROR=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  --log-level=WARNING
 	$(BIN)/cmake --build build/werror --clean-first

@@ -2,16 +2,17 @@
 # What all job scripts share. They read it; nothing in it depends on a site (see env.sh).
 #
 #   begin                 the environment, the launcher, and a banner that says what runs where
+#   start_mps             NVIDIA's MPS on each node, until the job ends
 #   on_ranks COMMAND      run a command on all ranks
-#   train OUT [ARGUMENT]  train in the folder OUT until the run has ended; ends the job, with the run's exit code
+#   train OUT [ARGUMENT]  train in the folder OUT; returns the run's exit code, or ends the job, which goes on later
 #
 # A run's own record (`gala-mpi status`) tells how it has ended: launchers may say 0 after a signal, or 137 of one rank
 # that was killed.
 set -euo pipefail
 # Given by the script that reads this: the folder of this file.
 here="${here:?}"
-# Given by env.sh.
-environment="" runs="" how="" pmi="" again=""
+# Given by env.sh, as is `runs`.
+environment="" how="" pmi="" again=""
 
 # How long a job waits for another that goes on with its run. Its node's daemon may have died, and its ranks not.
 held_s="${GALA_MPI_HELD_S:-900}"
@@ -40,7 +41,9 @@ pause() {
     wait "$!" || true
 }
 
+# Given what the job script was given, for the case that it is to be submitted again.
 begin() {
+    submitted=("$@")
     # shellcheck source=jobs/env.sh
     source "$here/env.sh"
     if [[ ! -e "$environment/bin/activate" ]]; then
@@ -73,6 +76,7 @@ count_ranks() {
     else
         refuse "this is no job of Slurm, PBS or LSF: submit it with sbatch, qsub or bsub"
     fi
+    number="${SLURM_JOB_ID:-${PBS_JOBID:-${LSB_JOBID:-}}}"
 }
 
 choose_launcher() {
@@ -94,23 +98,47 @@ from mpi4py import MPI; print(MPI.Get_library_version().split("\n")[0].split(","
         offered=$([[ -n "${SLURM_JOB_ID:-}" ]] && srun --mpi=list 2>&1) || offered=""
         [[ "$offered" =~ (^|[[:space:]])"$pmi"([[:space:]]|$) ]] && how=srun
     fi
-    around=()
+    around=() passed=USR1
     case "$how" in
         # Ranks that survive the death of another go on.
         srun) launcher=(srun --mpi="$pmi" --kill-on-bad-exit=0 --cpus-per-task="$cores") ;;
         mpirun)
             launcher=("${own[@]}")
-            if [[ $kind == mpich ]]; then around=(sh "$here/outlive.sh"); fi
+            # Under it ranks pay no heed to SIGUSR1, by which MPICH tells of another's death.
+            if [[ $kind == mpich ]]; then around=(sh "$here/outlive.sh") passed=TERM; fi
             ;;
         *) refuse "GALA_MPI_LAUNCHER: $how; expected srun, mpirun or auto" ;;
     esac
 }
 
 banner() {
-    local number="${SLURM_JOB_ID:-${PBS_JOBID:-${LSB_JOBID:-}}}"
     say "$(date '+%Y-%m-%d %H:%M:%S %Z'), ${SLURM_JOB_NAME:-${PBS_JOBNAME:-${LSB_JOBNAME:-gala-mpi}}} $number, restart ${SLURM_RESTART_COUNT:-0}"
     say "$ranks ranks of $cores core(s) on $nodes"
     say "$library, started by: ${launcher[*]}"
+}
+
+# Started by a step that lasts as long as the job: Slurm ends what a step leaves behind.
+start_mps() {
+    export CUDA_MPS_PIPE_DIRECTORY="/tmp/mps-$number" CUDA_MPS_LOG_DIRECTORY="/tmp/mps-$number/log"
+    local each=(srun --mpi=none --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap)
+    if ! command -v nvidia-cuda-mps-control > /dev/null; then
+        say "nvidia-cuda-mps-control: not found; ranks that share a GPU take turns on it"
+        unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+        return
+    fi
+    # shellcheck disable=SC2016  # the step's own shell expands it
+    "${each[@]}" bash -c 'mkdir -p "$CUDA_MPS_LOG_DIRECTORY" && exec nvidia-cuda-mps-control -f' &
+    mps=$!
+    # shellcheck disable=SC2064  # the number of now
+    trap "kill $mps 2> /dev/null || true" EXIT
+    # shellcheck disable=SC2016
+    if "${each[@]}" bash -c 'for ((i = 0; i < 150; ++i)); do [[ -e "$CUDA_MPS_PIPE_DIRECTORY/control" ]] && exit; sleep 0.2; done; exit 1'; then
+        say "MPS runs on $nodes"
+    else
+        say "MPS did not start on all nodes within 30 s (its log: $CUDA_MPS_LOG_DIRECTORY); ranks that share a GPU take turns on it"
+        kill "$mps" 2> /dev/null || true
+        unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    fi
 }
 
 on_ranks() {
@@ -129,7 +157,7 @@ take_new_steps() {
 
 # Exit code, last segment and steps of the run in $out, by its own record; nothing if there is none.
 read_run() {
-    run_code="" run_segment="" run_steps=0
+    declare -g run_code="" run_segment="" run_steps=0
     read -r run_code run_segment run_steps < <(gala-mpi status "$out" --only code segment steps 2> /dev/null) || true
 }
 
@@ -142,7 +170,7 @@ train() {
             refuse "$given: set GALA_MPI_OUT to the run's folder instead; a job that is queued again resumes it by itself"
         fi
     done
-    refuse_a_short_limit
+    watch_the_limit
     # Told of the limit; told by Slurm that the job is cancelled or preempted.
     warned="" ended="" ranks_pid=""
     trap 'warned=1; pass_on' USR1
@@ -189,33 +217,35 @@ one_start() {
     if [[ -n "$run_segment" && "$run_segment" != "$before" ]]; then
         code=$run_code
     else
-        # It never began: the line above says why.
+        # It never began: the line above says why. Unless it was told to end before it could.
         code=$launched
         [[ "$code" != 0 ]] || code=1
+        if [[ -n "$warned$ended" && "$code" -gt 6 ]]; then code=75; fi
     fi
 }
 
-# Launchers pass SIGUSR1 on to the ranks. To a step of srun Slurm has sent its own SIGTERM already.
+# Launchers pass signals on to the ranks. To a step of srun Slurm has sent its own SIGTERM already.
 pass_on() {
     [[ -n "$ranks_pid" ]] || return 0
-    if [[ -n "$warned" || "$how" != srun ]]; then kill -USR1 "$ranks_pid" 2> /dev/null || true; fi
+    if [[ -n "$warned" || "$how" != srun ]]; then kill -"$passed" "$ranks_pid" 2> /dev/null || true; fi
 }
 
-# End the job, or have it go on later.
+# End the job, if it goes on later; else the run's exit code.
 finish() {
     local code=$1
     shift
     if [[ "$code" == 75 || "$code" == 6 ]] && may_go_again; then
-        echo "$(date '+%Y-%m-%d %H:%M:%S') job ${SLURM_JOB_ID:-${PBS_JOBID:-${LSB_JOBID:-}}}: from ${steps_before:-0} to $run_steps steps" \
+        echo "$(date '+%Y-%m-%d %H:%M:%S') job $number: from ${steps_before:-0} to $run_steps steps" \
             2> /dev/null >> "$out/jobs.txt" || true
         if [[ "$code" == 75 ]] && idle; then
             say "the last $most_idle_starts starts came no further than ${run_steps} steps: not queued again; what they print above says why"
         else
             go_again "$@"
+            exit "$code"
         fi
     fi
-    say "ends with exit code $code"
-    exit "$code"
+    say "$out: exit code $code"
+    return "$code"
 }
 
 # Whether the last starts have all ended at the same steps, or before their first checkpoint.
@@ -228,16 +258,25 @@ idle() {
 # Whether the job was told of its limit, preempted, or waits for another; not if a user has cancelled it.
 may_go_again() {
     local state
-    [[ -n "${SLURM_JOB_ID:-}" ]] || { [[ -n "$warned" ]] && return 0 || return 1; }
+    if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+        [[ -n "$warned" || "$code" == 6 ]]
+        return
+    fi
     state=$(fact JobState)
-    # Preempted, within its time of grace; nothing else sets it.
-    if [[ -n "$ended" && "$state" == RUNNING && -n "$(fact PreemptTime)" ]]; then return 0; fi
-    if [[ -n "$ended" && "$(fact Reason)" != TimeLimit ]]; then return 1; fi
+    # In its time of grace a job that is preempted still runs, and only its ranks have been told.
+    if [[ "$state" == RUNNING && -n "$(fact PreemptTime)" ]]; then return 0; fi
     [[ -n "$warned" || "$code" == 6 ]] && [[ "$state" == RUNNING || "$(fact Reason)" == TimeLimit ]]
 }
 
 go_again() {
-    case "$again" in
+    # LSF queues a job again by its exit code (#BSUB -Q), PBS lets nobody queue his own.
+    local way=$again
+    if [[ -n "${PBS_JOBID:-}" && "$way" == requeue ]]; then way=resubmit; fi
+    if [[ -n "${LSB_JOBID:-}" && "$way" == requeue ]]; then
+        say "goes on later: LSF queues it again for its exit code (#BSUB -Q)"
+        return
+    fi
+    case "$way" in
         requeue)
             say "goes on later: into the queue again. Slurm calls that CANCELLED ... DUE TO JOB REQUEUE"
             scontrol requeue "$SLURM_JOB_ID" && exit 75
@@ -254,6 +293,8 @@ go_again() {
 
 resubmit() {
     local options=() name value
+    # An array has a folder for all of its members.
+    export GALA_MPI_OUT="${folder:-$out}"
     if [[ -n "${SLURM_JOB_ID:-}" ]]; then
         # What was given to sbatch in place of the script's own header.
         for name in Account Partition QOS TimeLimit:time NumNodes:nodes NumTasks:ntasks CPUs/Task:cpus-per-task; do
@@ -261,20 +302,35 @@ resubmit() {
             name=${name##*:}
             [[ -z "$value" ]] || options+=("--${name,,}=${value%%-*}")
         done
-        GALA_MPI_OUT=$out sbatch "${options[@]}" --job-name="$SLURM_JOB_NAME" --dependency="afterany:$SLURM_JOB_ID" \
-            "$(fact Command)" "$@"
+        if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then options+=(--array="$SLURM_ARRAY_TASK_ID"); fi
+        sbatch "${options[@]}" --job-name="$SLURM_JOB_NAME" --dependency="afterany:$SLURM_JOB_ID" "$(fact Command)" \
+            "${submitted[@]}"
+    elif [[ -n "${PBS_JOBID:-}" ]]; then
+        qsub -V -W depend=afterany:"$PBS_JOBID" "$here/train.pbs"
     else
         return 1
     fi
 }
 
-# A limit that leaves no time to train is no limit to be told of.
-refuse_a_short_limit() {
-    local limit days=0 hours minutes seconds
-    limit=$(fact TimeLimit)
+# Refuse a time limit that leaves no time to train. PBS gives no warning: this job is to give it to itself.
+watch_the_limit() {
+    local limit days=0 limit_s
+    if [[ -n "${PBS_JOBID:-}" ]]; then
+        limit=$(qstat -f "$PBS_JOBID" 2> /dev/null | sed -n 's/^ *Resource_List.walltime = //p') || true
+    else
+        limit=$(fact TimeLimit)
+    fi
     [[ "$limit" =~ ^([0-9]+-)?([0-9]+):([0-9]+):([0-9]+)$ ]] || return 0
-    days=${BASH_REMATCH[1]%-} hours=${BASH_REMATCH[2]} minutes=${BASH_REMATCH[3]} seconds=${BASH_REMATCH[4]}
-    if ((10#${days:-0} * 86400 + 10#$hours * 3600 + 10#$minutes * 60 + 10#$seconds < 2 * warned_s)); then
-        refuse "--time: $limit cannot be used; expected at least $((2 * warned_s / 60)) minutes: the job is told $warned_s s before its limit, and is to train before that"
+    days=${BASH_REMATCH[1]%-}
+    limit_s=$((10#${days:-0} * 86400 + 10#${BASH_REMATCH[2]} * 3600 + 10#${BASH_REMATCH[3]} * 60 + 10#${BASH_REMATCH[4]}))
+    if ((limit_s < 2 * warned_s)); then
+        refuse "time limit: $limit cannot be used; expected at least $((2 * warned_s / 60)) minutes: the job is told" \
+            "$warned_s s before its limit, and is to train before that"
+    fi
+    if [[ -n "${PBS_JOBID:-}" && -z "${timer:-}" ]]; then
+        { sleep $((limit_s - warned_s)) && kill -USR1 $$; } &
+        timer=$!
+        # shellcheck disable=SC2064  # the number of now
+        trap "kill $timer 2> /dev/null || true" EXIT
     fi
 }

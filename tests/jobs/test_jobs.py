@@ -1,8 +1,9 @@
-"""The template for Slurm, run by hand: a signal before the limit puts the job into the queue again, which goes on."""
+"""The job scripts with stand-ins for what a scheduler offers; tests/jobs/test_slurm.py has a real one."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,26 +18,38 @@ from conftest import LAUNCHER_VARIABLES, ROOT, Mpi, finish, kill
 from test_cli import SLOW, assert_closed, start_long_run
 
 ENVIRONMENT = Path(sys.executable).parent.parent
+SLURM = MappingProxyType(
+    {"SLURM_JOB_NAME": "test", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
+)
+CARTPOLE = ("--preset", "cartpole")
+
+
+def command(folder: Path, name: str, script: str) -> Path:
+    """Put a stand-in for a command into a folder of the path."""
+    path = folder / "bin" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+    return path
 
 
 def start(
     folder: Path,
     *args: str,
+    script: str = "train.sbatch",
     launcher: str = "mpirun",
     environment: Path = ENVIRONMENT,
-    slurm: Mapping[str, str] = MappingProxyType({}),
+    given: Mapping[str, str] = SLURM,
 ) -> subprocess.Popen[str]:
-    """Run the template as Slurm would, with a queue that only writes down what it is asked."""
-    queue = folder / "bin" / "scontrol"
-    queue.parent.mkdir(exist_ok=True)
-    queue.write_text(f'#!/bin/sh\necho "$@" >> {folder}/queue\n')
-    queue.chmod(0o755)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
-    given = {"SLURM_JOB_NAME": "test", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1"}
+    """Run a job script as its scheduler would, with a queue that only writes down what it is asked."""
+    state = "JobState=RUNNING Reason=None PreemptTime=None TimeLimit=08:00:00"
+    command(folder, "scontrol", f'[ "$1" = show ] && echo "{state}" || echo "$@" >> {folder}/queue')
+    clean = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHER_VARIABLES, "GALA_MPI_"))}
     ours = {"GALA_MPI_ENV": str(environment), "GALA_MPI_LAUNCHER": launcher, "GALA_MPI_OUT": str(folder / "run")}
+    where = {"SLURM_SUBMIT_DIR": str(ROOT), "PBS_O_WORKDIR": str(ROOT), "LS_SUBCWD": str(ROOT)}
     return subprocess.Popen(
-        ["bash", str(ROOT / "jobs" / "train.sbatch"), "--preset", "cartpole", *args],
-        env={**clean, **given, **ours, **slurm, "PATH": f"{queue.parent}:{clean['PATH']}"},
+        ["bash", str(ROOT / "jobs" / script), *args],
+        env={**clean, **ours, **where, **given, "PATH": f"{folder}/bin:{clean['PATH']}"},
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -46,19 +59,38 @@ def start(
     )
 
 
+def begun(folder: Path) -> None:
+    """Wait until the second rank of the job's run has its first checkpoint."""
+    deadline = time.monotonic() + 240
+    while not list(folder.glob("run/checkpoints/rank-00001/segment-0-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def stand_ins(folder: Path, library: str = "MPICH Version: 5.0.2") -> Path:
+    """An environment whose launchers say what they are told, and whose runs never begin."""
+    environment = folder / "env"
+    for name in ("srun", "mpirun", "mpiexec.hydra"):
+        command(
+            environment,
+            name,
+            f'[ "$1" = --mpi=list ] && echo "pmi2 pmix" || echo {name} "$@" with $OMP_NUM_THREADS threads',
+        )
+    command(environment, "python", f"echo '{library}'")
+    command(environment, "gala-mpi", "exit 2")
+    (environment / "bin" / "activate").write_text(f'PATH="{environment}/bin:$PATH"\n')
+    return environment
+
+
 @pytest.mark.skipif(not (ENVIRONMENT / "bin" / "mpirun").exists(), reason="the environment brings no mpirun")
 def test_a_job_that_is_told_of_its_limit_queues_itself_and_goes_on(tmp_path: Path) -> None:
-    first = start(tmp_path, "--total-steps", "100_000_000")
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("run/checkpoints/rank-00001/segment-0-*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
+    first = start(tmp_path, *CARTPOLE, "--total-steps", "100_000_000")
+    begun(tmp_path)
     first.send_signal(signal.SIGUSR1)
     ended = finish(first, 60)
     assert ended.returncode == 75, ended.stderr
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
     # What Slurm starts again is the same script with the same arguments.
-    again = finish(start(tmp_path, "--total-steps", "1000"), 60)
+    again = finish(start(tmp_path, *CARTPOLE, "--total-steps", "1000"), 60)
     assert again.returncode == 0, again.stderr
     assert "changed: --total-steps" in again.stdout and (tmp_path / "run" / "segment-1" / "rank-00000.h5").exists()
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
@@ -66,7 +98,7 @@ def test_a_job_that_is_told_of_its_limit_queues_itself_and_goes_on(tmp_path: Pat
 
 @pytest.mark.skipif(not (ENVIRONMENT / "bin" / "mpirun").exists(), reason="the environment brings no mpirun")
 def test_a_job_that_fails_is_not_queued_again(tmp_path: Path) -> None:
-    ended = finish(start(tmp_path, "--simulators", "0"), 60)
+    ended = finish(start(tmp_path, *CARTPOLE, "--simulators", "0"), 60)
     assert ended.returncode == 2 and "--simulators: 0" in ended.stderr
     assert not (tmp_path / "queue").exists()
 
@@ -84,46 +116,138 @@ def test_an_environment_that_is_none_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slurm", "launched"),
+    ("library", "launcher", "given", "launched"),
     [
-        ({"SLURM_CPUS_PER_TASK": "4"}, "srun --mpi=pmix --kill-on-bad-exit=0 --cpus-per-task=4 gala-mpi train"),
-        ({"GALA_MPI_LAUNCHER": "mpirun"}, "mpirun -n 2 gala-mpi train"),
         (
-            {"GALA_MPI_LAUNCHER": "mpirun", "SLURM_NTASKS": "", "SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "8"},
-            "mpirun -n 24 gala-mpi train",
+            "MPICH",
+            "auto",
+            {"SLURM_CPUS_PER_TASK": "4"},
+            "srun --mpi=pmi2 --kill-on-bad-exit=0 --cpus-per-task=4 gala-mpi train",
         ),
-        ({"GALA_MPI_LAUNCHER": "mpirun", "SLURM_NTASKS": ""}, ""),
+        ("Open MPI v5.0.11", "auto", {}, "srun --mpi=pmix --kill-on-bad-exit=0 --cpus-per-task=1 gala-mpi train"),
+        ("CRAY MPICH", "auto", {}, "aprun"),
+        ("Open MPI v5.0.11", "mpirun", {}, "mpirun --enable-recovery -n 2 gala-mpi train"),
+        ("Intel(R) MPI Library 2021.18", "mpirun", {}, "mpiexec.hydra -n 2 gala-mpi train"),
+        ("MPICH", "mpirun", {}, f"mpirun -disable-auto-cleanup -n 2 sh {ROOT}/jobs/outlive.sh gala-mpi train"),
+        (
+            "Open MPI v5.0.11",
+            "mpirun",
+            {"SLURM_NTASKS": "", "SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "8"},
+            "mpirun --enable-recovery -n 24 gala-mpi train",
+        ),
+        ("MPICH", "mpirun", {"SLURM_NTASKS": ""}, ""),
     ],
 )
-def test_ranks_get_the_cores_that_the_job_has(slurm: dict[str, str], launched: str, tmp_path: Path) -> None:
+def test_the_launcher_is_that_of_the_library_and_ranks_get_the_cores_that_the_job_has(
+    library: str, launcher: str, given: dict[str, str], launched: str, tmp_path: Path
+) -> None:
     """srun takes over no --cpus-per-task since Slurm 22.05, and Slurm may set no number of tasks."""
-    for name in ("srun", "mpirun"):
-        launcher = tmp_path / "env" / "bin" / name
-        launcher.parent.mkdir(parents=True, exist_ok=True)
-        launcher.write_text(f'#!/bin/sh\necho {name} "$@" with $OMP_NUM_THREADS threads\n')
-        launcher.chmod(0o755)
-    (tmp_path / "env" / "bin" / "activate").write_text(f'PATH="{tmp_path}/env/bin:$PATH"\n')
-    ended = finish(start(tmp_path, environment=tmp_path / "env", launcher="srun", slurm=slurm), 60)
+    environment = stand_ins(tmp_path, library)
+    command(environment, "aprun", 'echo aprun "$@" with $OMP_NUM_THREADS threads')
+    ended = finish(start(tmp_path, environment=environment, launcher=launcher, given={**SLURM, **given}), 60)
     if launched:
-        assert ended.returncode == 0 and ended.stdout.startswith(launched), ended
-        assert f"with {slurm.get('SLURM_CPUS_PER_TASK', '1')} threads" in ended.stdout
+        # No run has come of it, whatever the launcher said.
+        assert ended.returncode == 1 and f"\n{launched}" in ended.stdout, ended
+        assert f"with {given.get('SLURM_CPUS_PER_TASK', '1')} threads" in ended.stdout
     else:
         assert ended.returncode == 2 and ended.stderr.startswith("SLURM_NTASKS: is not set") and ended.stdout == ""
 
 
-def test_a_rank_that_is_killed_on_the_way_does_not_keep_a_job_from_the_queue(tmp_path: Path) -> None:
-    """srun gives the greatest code of all ranks, that of the killed one."""
-    launcher = tmp_path / "bin" / "srun"
-    launcher.parent.mkdir()
-    launcher.write_text("#!/bin/bash\ntrap 'exit 137' USR1\ntouch started\nwhile :; do sleep 0.1; done\n")
-    launcher.chmod(0o755)
-    job = start(tmp_path, launcher="srun")
+def test_a_job_that_is_told_before_its_ranks_are_up_goes_on_later(tmp_path: Path) -> None:
+    """srun gives the greatest code of all ranks, that of one that a signal ended."""
+    environment = stand_ins(tmp_path)
+    command(environment, "srun", "trap 'exit 138' USR1\ntouch started\nwhile :; do sleep 0.1; done")
+    job = start(tmp_path, launcher="srun", environment=environment)
     deadline = time.monotonic() + 120
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     job.send_signal(signal.SIGUSR1)
-    assert finish(job, 30).returncode == 137
+    assert finish(job, 60).returncode == 75
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
+
+
+def test_a_run_that_comes_no_further_is_not_begun_for_ever(tmp_path: Path) -> None:
+    """Each start is told at once, and the run stays where it was."""
+    environment = stand_ins(tmp_path)
+    (tmp_path / "run").mkdir()
+    starts = tmp_path / "starts"
+    command(environment, "srun", f"echo >> {starts}\nkill -USR1 $PPID\nsleep 1")
+    command(environment, "gala-mpi", f'echo 75 "$(wc -l < {starts})" 4000')
+    starts.touch()
+    said = [finish(start(tmp_path, launcher="srun", environment=environment), 60).stdout for _ in range(3)]
+    assert (tmp_path / "queue").read_text() == "requeue 7\n" * 2
+    assert "the last 3 starts came no further than 4000 steps" in said[2] and "no further" not in said[1]
+    assert [line.partition(" job ")[2] for line in (tmp_path / "run" / "jobs.txt").read_text().splitlines()] == [
+        "7: from 4000 to 4000 steps"
+    ] * 3
+
+
+def test_under_pbs_a_job_tells_itself_of_its_limit_and_submits_itself_again(tmp_path: Path) -> None:
+    """A stand-in for PBS: its limit is near as soon as the job begins."""
+    environment = stand_ins(tmp_path)
+    nodes = tmp_path / "nodes"
+    nodes.write_text("n1\nn1\nn2\nn2\n")
+    command(tmp_path, "qstat", "echo '    Resource_List.walltime = 00:10:01'")
+    command(tmp_path, "qsub", f'echo "$@" with $GALA_MPI_OUT $GALA_MPI_ARGS >> {tmp_path}/queue')
+    command(tmp_path, "sleep", '[ "$1" = 301 ] && exec /bin/sleep 0.5 || exec /bin/sleep "$1"')
+    command(environment, "mpirun", "trap 'exit 138' USR1\necho mpirun \"$@\"\nwhile :; do /bin/sleep 0.1; done")
+    given = {"PBS_JOBID": "9.server", "PBS_JOBNAME": "night", "PBS_NODEFILE": str(nodes), "GALA_MPI_ARGS": "--seed 2"}
+    ended = finish(start(tmp_path, script="train.pbs", launcher="auto", environment=environment, given=given), 60)
+    assert ended.returncode == 75, ended
+    assert "job: 4 ranks of 1 core(s) on n1,n2\n" in ended.stdout
+    assert (
+        f"mpirun -disable-auto-cleanup -n 4 sh {ROOT}/jobs/outlive.sh gala-mpi train --out {tmp_path}/run --seed 2"
+        in ended.stdout
+    )
+    assert (tmp_path / "queue").read_text() == (
+        f"-V -W depend=afterany:9.server {ROOT}/jobs/train.pbs with {tmp_path}/run --seed 2\n"
+    )
+
+
+def test_under_lsf_a_job_that_was_told_ends_with_the_code_that_queues_it_again(tmp_path: Path) -> None:
+    """A stand-in for LSF."""
+    environment = stand_ins(tmp_path)
+    command(environment, "mpirun", "trap 'exit 138' USR1\ntouch started\nwhile :; do sleep 0.1; done")
+    given = {"LSB_JOBID": "9", "LSB_JOBNAME": "night", "LSB_DJOB_NUMPROC": "4", "LSB_MCPU_HOSTS": "n1 2 n2 2"}
+    job = start(tmp_path, script="train.lsf", launcher="auto", environment=environment, given=given)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    ended = finish(job, 60)
+    assert ended.returncode == 75 and "LSF queues it again for its exit code" in ended.stdout, ended
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_mps_is_started_on_each_node_and_ended_with_the_job(there: bool, tmp_path: Path) -> None:
+    """Stand-ins for srun's steps and NVIDIA's daemon."""
+    environment = stand_ins(tmp_path)
+    if there:
+        daemon = ("mkdir -p $CUDA_MPS_PIPE_DIRECTORY", "touch $CUDA_MPS_PIPE_DIRECTORY/control", "echo $$ > daemon")
+        command(tmp_path, "nvidia-cuda-mps-control", "\n".join([*daemon, "exec /bin/sleep 600"]))
+    command(
+        environment,
+        "srun",
+        'while [[ "$1" == --* ]]; do shift; done\n[ "$1" = bash ] && exec "$@"\n'
+        'echo "$@" with MPS "$CUDA_MPS_PIPE_DIRECTORY"',
+    )
+    given = {**SLURM, "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": f"7{os.getpid()}"}
+    folder = Path(f"/tmp/mps-{given['SLURM_JOB_ID']}")  # of the job script
+    try:
+        job = start(tmp_path, script="train-gpu.sbatch", launcher="srun", environment=environment, given=given)
+        ended = finish(job, 60)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    assert f"gala-mpi train --out {tmp_path}/run --device cuda" in ended.stdout, ended
+    if there:
+        assert "job: MPS runs on n1\n" in ended.stdout and f"with MPS {folder}" in ended.stdout
+        pid = int((tmp_path / "daemon").read_text())
+        deadline = time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not Path(f"/proc/{pid}").exists()
+    else:
+        assert "nvidia-cuda-mps-control: not found" in ended.stdout and f"with MPS {folder}" not in ended.stdout
 
 
 def test_an_interruptible_launcher_gives_long_updates_the_time_they_need(mpi: Mpi, tmp_path: Path) -> None:
