@@ -93,6 +93,8 @@ write_configuration() {
 ClusterName=one
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$PORT
+# MPICH names files in /dev/shm by job and step: those of another Slurm on this machine are not to be the same.
+FirstJobId=$(((PORT - 17000) * 1000 + 1))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
