@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NoReturn
@@ -17,7 +16,7 @@ from gala_mpi.config import UsageError
 from gala_mpi.exit_codes import EXIT_CONFIG, EXIT_ERROR, EXIT_OK
 from gala_mpi.mpi.collective import RankFailureError
 from gala_mpi.train.signals import StopRequest, heard_by
-from gala_mpi.user_code import END_OF_PROCESS, let_go, tell
+from gala_mpi.user_code import let_go, tell
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -178,17 +177,22 @@ def under_mpi(command: str, run: Callable[[MPI.Intracomm], int]) -> int:
 
 
 def _end(code: int) -> None:
-    """End MPI, and see that the process ends: a user's code may have left threads that Python would wait for."""
+    """End MPI, and see that the process ends. What the run came to is known by now."""
     from mpi4py import MPI
 
+    from gala_mpi import _native
+
     let_go()
-    ending = threading.Timer(END_WITHIN_S, END_OF_PROCESS, (code,))
-    ending.daemon = True
-    ending.start()
-    # Not at the very end, when no thread could end it any more. What the run came to is known by now.
+    # MPI's end holds the interpreter's lock: a thread without Python watches it.
+    complaint = (
+        f"gala-mpi: warning: the end of MPI has not returned within {END_WITHIN_S:g} s; this process ends without it"
+    )
     with contextlib.suppress(MPI.Exception):
         if not MPI.Is_finalized():
+            _native.watch(END_WITHIN_S, f"{complaint}\n", code)
             MPI.Finalize()
+    # A user's code may have left threads that Python would wait for.
+    _native.watch(END_WITHIN_S, "", code)
 
 
 def refuse(error: UsageError) -> int:

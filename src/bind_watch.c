@@ -5,8 +5,9 @@
 #include "watch.h"
 
 PyDoc_STRVAR(watch_doc,
-"watch(seconds, message)\n--\n\n"
-"End the process by SIGABRT, after the message on stderr, unless called again within so many seconds.\n\n"
+"watch(seconds, message, exit_code=-1)\n--\n\n"
+"End the process, after the message on stderr, unless called again within so many seconds.\n\n"
+"It ends with the exit code, from 0 to 255, at once; or by SIGABRT, whose handler may print stacks, if that is -1.\n"
 "It is a thread without Python that does so: for a process in which somebody holds the interpreter's lock. The time\n"
 "for which the process is stopped does not count. seconds: 0 for no longer, else rounded up to quarters, 10 million at\n"
 "most; message: of 255 bytes at most, what is longer is cut. Raises ValueError; RuntimeError if no thread can be\n"
@@ -14,17 +15,22 @@ PyDoc_STRVAR(watch_doc,
 
 static PyObject *py_watch(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"seconds", "message", NULL};
+    static char *names[] = {"seconds", "message", "exit_code", NULL};
     double seconds;
     const char *message;
+    int code = -1;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ds", names, &seconds, &message))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "ds|i", names, &seconds, &message, &code))
         return NULL;
+    if (code < -1 || code > 255) {
+        PyErr_SetString(PyExc_ValueError, "exit_code must be from -1 to 255");
+        return NULL;
+    }
     if (!(seconds >= 0 && seconds <= 1e7)) {
         PyErr_SetString(PyExc_ValueError, "seconds must be from 0 to 10 million");
         return NULL;
     }
-    if (watch((int)ceil(seconds * WATCH_TICKS_PER_SECOND), message) < 0) {
+    if (watch((int)ceil(seconds * WATCH_TICKS_PER_SECOND), message, code) < 0) {
         PyErr_SetString(PyExc_RuntimeError, "no thread can be started");
         return NULL;
     }

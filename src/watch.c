@@ -15,6 +15,8 @@
 static atomic_llong counted;
 /* Ticks that are left. The caller sets it, the thread counts it down, unless a call has come in between. */
 static atomic_int left;
+/* What the process ends with; negative: by SIGABRT. As `said`. */
+static int exit_code = -1;
 /* Written by callers only, which hold the interpreter's lock; read when the last of them has let its time pass. */
 static char said[WATCH_MESSAGE_BYTES];
 
@@ -97,6 +99,8 @@ static void end(void)
     if (write(STDERR_FILENO, said, strlen(said)) < 0) {
         /* There is nobody to tell. */
     }
+    if (exit_code >= 0)
+        _exit(exit_code);
     abort();
 }
 
@@ -145,13 +149,14 @@ long long ticks_until_now(void)
     return start_once() < 0 ? -1 : atomic_load(&counted);
 }
 
-int watch(int ticks, const char *message)
+int watch(int ticks, const char *message, int code)
 {
     if (start_once() < 0)
         return -1;
     /* Not while the thread might read it. */
     atomic_store(&left, 0);
     strncpy(said, message, sizeof said - 1);
+    exit_code = code;
     atomic_store(&left, ticks);
     return 0;
 }

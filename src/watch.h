@@ -13,9 +13,9 @@ enum { WATCH_TICKS_PER_SECOND = 4, WATCH_MESSAGE_BYTES = 256, WATCH_SPEAK_SECOND
  * are to be called with the interpreter's lock held. */
 long long ticks_until_now(void);
 
-/* End the process by SIGABRT, after `message` on stderr, unless called again within so many ticks. 0: not at all. Returns
- * -1 if no thread can be started. */
-int watch(int ticks, const char *message);
+/* End the process, after `message` on stderr, unless called again within so many ticks: with exit code `code`, or by SIGABRT
+ * if that is negative. 0 ticks: not at all. Returns -1 if no thread can be started. */
+int watch(int ticks, const char *message, int code);
 
 /* While on, an exit of this process from within C is GUARD_SIGNAL, if that has a handler, then exit code 1. -1 if that cannot
  * be had. */

@@ -653,6 +653,12 @@ def test_a_watch_takes_a_time_that_it_can_count(seconds: float) -> None:
     _native.watch(0, "x" * 1000)
 
 
+@pytest.mark.parametrize("code", [-2, 256])
+def test_a_watch_ends_with_what_is_an_exit_code(code: int) -> None:
+    with pytest.raises(ValueError, match="exit_code must be from -1 to 255"):
+        _native.watch(0, "", code)
+
+
 def test_the_time_that_a_process_has_run_is_counted_in_quarters() -> None:
     before = _native.running_s()
     time.sleep(1.1)
