@@ -25,7 +25,18 @@ from gala_mpi.storage.schema import READING, TABLES
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # Options of others' programs, and of our scripts.
 OTHERS = {
-    *("enable-recovery", "with-ft", "kill-on-bad-exit", "mpi", "cpus-per-task", "shm-size", "no-binary", "help"),
+    *(
+        "array",
+        "dependency",
+        "enable-recovery",
+        "with-ft",
+        "kill-on-bad-exit",
+        "mpi",
+        "cpus-per-task",
+        "shm-size",
+        "no-binary",
+        "help",
+    ),
     *("seconds", "repeats", "out", "minutes", "ranks", "hosts", "runs", "inputs", "exchanges", "seed", "precisions"),
     *(
         "kill",
