@@ -141,7 +141,7 @@ class Examination:
         rounds = [] if refusal else links.rounds_of(self._edges, self.nodes)
         fitting = max(int(watch.left_s() / 2 / links.ROUND_S), 1)
         rounds, go = peers.tell_all((rounds[:fitting], not peers.silent), ROUNDS)
-        mine = links.Measured([], complete=False, unified=None)
+        mine = links.Measured([], complete=False, windows=None)
         if go:
             mine = links.measure(peers, rounds, self._here.thread_level == "multiple")
         watch.doing = "collecting what was measured"
@@ -152,18 +152,18 @@ class Examination:
             return []
         if not self.healthy:
             refusal = refusal or "another link or rank did not answer"
-        return self._judge_links([link for answer in answers for link in answer.links], mine.unified, refusal)
+        return self._judge_links([link for answer in answers for link in answer.links], mine.windows, refusal)
 
-    def _judge_links(self, measured: list[links.Link], unified: bool | None, refusal: str) -> list[Finding]:
+    def _judge_links(self, measured: list[links.Link], windows: str | None, refusal: str) -> list[Finding]:
         """Findings on the links that were measured, on those that were not, and on ranks that fell silent."""
         library, threads = self._here.library, self._here.thread_level == "multiple"
         seen = {(link.origin, link.target) for link in measured}
         left = [edge for edge in self._edges if edge not in seen]
-        if unified is False:
+        if windows:
             refusal = "windows cannot be used here"
         fix = "mend what fails first" if refusal else "a larger --deadline-s"
         return [
-            *([] if unified is None else [libraries.window_model(unified, library)]),
+            *([] if windows is None else [libraries.windows(windows, library)]),
             *verdicts.links(measured, self.nodes, threads, library, os.environ),
             *verdicts.unmeasured(left, refusal or "all would take longer than --deadline-s allows", fix),
             *verdicts.silent(sorted(self._peers.silent), "the examination went on"),

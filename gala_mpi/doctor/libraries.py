@@ -147,15 +147,16 @@ def lost_ranks(nodes: int, library: str, environ: Mapping[str, str]) -> list[Fin
     return [Finding("mpi.lost-ranks", WARN, message, fix, {"netmod": "ucx"})]
 
 
-def window_model(unified: bool, library: str) -> Finding:
-    """Whether the windows' memory model is the one that gossip needs."""
-    values = {"unified": unified}
-    if unified:
+def windows(problem: str, library: str) -> Finding:
+    """Whether there are windows, and of the memory model that a run needs; `problem` says why not, or is empty."""
+    values = {"usable": not problem}
+    if not problem:
         return Finding("mpi.window", OK, "the memory model of windows is MPI_WIN_UNIFIED", "", values)
-    fix = "--exchange allreduce, or another MPI library or transport"
+    fix = "another MPI library or transport"
     if family(library) == "openmpi":
+        # Its pt2pt serves no threads.
         fix = f"export OMPI_MCA_osc=sm,rdma,ucx; or {fix}"
-    return Finding("mpi.window", FAIL, "the memory model of windows is not MPI_WIN_UNIFIED", fix, values)
+    return Finding("mpi.window", FAIL, problem, fix, values)
 
 
 def bind_fix(found: Launch, library: str, cores: int) -> str:

@@ -88,11 +88,11 @@ def rounds_of(edges: Iterable[Edge], nodes: Sequence[str]) -> list[list[Edge]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rank measured. `complete`: all ranks came through; `unified`: windows have that memory model."""
+    """What a rank measured. `complete`: all ranks came through; `windows`: why there are none; None: not known."""
 
     links: list[Link]
     complete: bool
-    unified: bool | None
+    windows: str | None
 
 
 def no_room(findings: Iterable[Finding]) -> str:
@@ -114,17 +114,17 @@ def measure(peers: Peers, rounds: Sequence[Sequence[Edge]], threaded: bool) -> M
     Without threads in MPI a link that does not answer can be ended by the watch only.
     """
     # Not at the top: what is pure here can be had without MPI.
-    from gala_mpi.mpi.window import Window
+    from gala_mpi.mpi.window import Window, why_no_windows
 
     rank = peers.comm.rank
     links: list[Link] = []
     peers.watch.doing = "making the window to measure links"
     if not peers.meet(peers.watch.patience_s()):
         return Measured(links, False, None)
-    try:
-        window = Window(peers.comm, PAYLOAD_AT + (PAYLOAD_BYTES if rounds else 0))
-    except RuntimeError:
-        return Measured(links, True, False)
+    problem = why_no_windows(peers.comm)
+    if problem:
+        return Measured(links, True, problem)
+    window = Window(peers.comm, PAYLOAD_AT + (PAYLOAD_BYTES if rounds else 0))
     for number, edges in enumerate(rounds):
         said = ", ".join(f"{origin} -> {target}" for origin, target in edges[:3])
         peers.watch.doing = f"measuring the links {said} (round {number + 1} of {len(rounds)})"
@@ -135,9 +135,9 @@ def measure(peers: Peers, rounds: Sequence[Sequence[Edge]], threaded: bool) -> M
             elif rank == target:
                 _serve(peers, origin, patience_s)
         if any(link.failure for link in links) or not peers.meet(patience_s):
-            return Measured(links, False, True)
+            return Measured(links, False, "")
     window.free()
-    return Measured(links, True, True)
+    return Measured(links, True, "")
 
 
 def _serve(peers: Peers, origin: int, patience_s: float) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gala_mpi.doctor.findings import FAIL, OK, Finding, merge
-from gala_mpi.doctor.libraries import launch, singletons, window_model
+from gala_mpi.doctor.libraries import launch, singletons, windows
 from gala_mpi.doctor.placement import by_node, on_one_core, placed
 from gala_mpi.doctor.storage import judge_room, shared_memory
 from gala_mpi.mpi.room import place_of_windows, room
-from gala_mpi.mpi.window import WORD_BYTES, Window
+from gala_mpi.mpi.window import why_no_windows
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Intracomm
@@ -42,7 +42,7 @@ def ruinous(comm: Intracomm, nbytes_needed_per_rank: int, out: Path | None, libr
         elif out is not None:
             findings.append(judge_room(str(out), "disk", facts[ranks[0]][4], ranks))
     if comm.size > 1 and not any(finding.check == "memory.shm" and finding.status == FAIL for finding in findings):
-        findings.append(window_model(_unified(comm), library))
+        findings.append(windows(why_no_windows(comm), library))
     bad = [finding for finding in merge(findings) if finding.status != OK]
     return sorted(bad, key=lambda finding: finding.status != FAIL)
 
@@ -50,12 +50,3 @@ def ruinous(comm: Intracomm, nbytes_needed_per_rank: int, out: Path | None, libr
 def _hidden(out: Path | None, ranks: tuple[int, ...]) -> Finding:
     message = f"{out} is not there: every rank must write to the same folder"
     return Finding("output.shared", FAIL, message, "--out DIR on a file system that all nodes share", {}, ranks)
-
-
-def _unified(comm: Intracomm) -> bool:
-    """Whether windows over `comm` have the unified memory model. Collective."""
-    try:
-        with Window(comm, WORD_BYTES):
-            return True
-    except RuntimeError:
-        return False

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 from gala_mpi import _native
+from gala_mpi.files import first_line
 from gala_mpi.mpi.library import family, netmod
 
 PAGE_BYTES = 4096
@@ -58,6 +59,17 @@ def may_hang_on_the_dead() -> bool:
 DONE = MPI.REQUEST_NULL
 
 
+def why_no_windows(comm: MPI.Intracomm) -> str:
+    """Why this library has no windows over `comm` that can be used; empty if it has. Collective."""
+    try:
+        with Window(comm, WORD_BYTES):
+            return ""
+    except MpiError as error:
+        return f"the MPI library cannot make windows ({first_line(error)})"
+    except RuntimeError as error:
+        return str(error)
+
+
 class Window:
     """`nbytes` of page-aligned memory on this rank (ranks may differ), zeroed, open to every rank of `comm`.
 
@@ -85,10 +97,7 @@ class Window:
         info.Free()
         if self._win.Get_attr(MPI.WIN_MODEL) != MPI.WIN_UNIFIED:
             self._win.Free()
-            raise RuntimeError(
-                "this MPI library offers no unified memory model for windows (MPI_WIN_MODEL is not "
-                "MPI_WIN_UNIFIED), which gossip needs; use --exchange allreduce, or another MPI or transport"
-            )
+            raise RuntimeError("the memory model of windows is not MPI_WIN_UNIFIED")
         whole: Bytes = np.asarray(self._win.tomemory(), dtype=np.uint8)
         shift = -whole.ctypes.data % PAGE_BYTES
         # Pages may start at another place on every rank: an origin counts from the target's own shift.

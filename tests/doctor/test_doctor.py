@@ -73,6 +73,25 @@ def test_text_has_one_line_for_each_finding(mpi: Mpi, size: int, tmp_path: Path)
     assert ("link(s) to the same node" in done.stdout) == (size > 1)
 
 
+def test_a_library_that_makes_no_windows_is_told_with_what_helps(mpis: dict[str, Mpi], tmp_path: Path) -> None:
+    """As Open MPI 4.1 between hosts, whose pt2pt serves no threads."""
+    if "openmpi" not in mpis:
+        pytest.skip("no openmpi here: `make test` sets it up")
+    without = {"OMPI_MCA_osc": "monitoring"}
+    done = mpis["openmpi"].run(2, *COMMAND, "--json", timeout_s=90, cwd=tmp_path, env=without)
+    finding = one(entries_of(done), "mpi.window")
+    assert finding["status"] == FAIL and finding["message"].startswith(
+        "the MPI library cannot make windows (MPI_ERR_WIN"
+    )
+    assert finding["fix"].startswith("export OMPI_MCA_osc=sm,rdma,ucx; or ")
+    for exchange in ("gossip", "allreduce"):
+        args = ("--preset", "cartpole", "--exchange", exchange, "--out", "run")
+        done = mpis["openmpi"].run(2, "-m", "gala_mpi", "train", *args, timeout_s=90, cwd=tmp_path, env=without)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("gala-mpi: error: the MPI library cannot make windows") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.check
 def test_windows_that_never_fit_fail(mpi: Mpi, tmp_path: Path) -> None:
     done = mpi.run(3, *COMMAND, "--json", "--parameters", str(10**12), timeout_s=90, cwd=tmp_path)
