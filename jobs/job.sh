@@ -9,17 +9,28 @@
 # A run's own record (`gala-mpi status`) tells how it has ended: launchers may say 0 after a signal, or 137 of one rank
 # that was killed.
 set -euo pipefail
-# Given by the script that reads this: the folder of this file.
-here="${here:?}"
-# Given by env.sh, as is `runs`.
-environment="" how="" pmi="" again=""
 
-# How long a job waits for another that goes on with its run. Its node's daemon may have died, and its ranks not.
-held_s="${GALA_MPI_HELD_S:-900}"
-# So many starts in a row that come no further are the last: the cause is not the clock.
-most_idle_starts=3
-# Between the warning and the limit; the templates' headers say the same to the scheduler.
-warned_s=300
+# So many starts in a row that come no further are the last; so many that only wait for another job's run, too.
+most_idle=3 most_held=20
+# What LSF queues a job again for (#BSUB -Q). A run's own exit codes are others.
+lsf_again=85
+
+here="${here:?}" # the folder of this file, by the script that reads it
+# Told of the time limit; told that the job is cancelled or preempted; the launcher of the ranks, while there is one.
+warned="" ended="" ranks_pid="" passed_on="" last_resort=""
+# Given by a script that is for several runs: the folder of all, and that it is for an array.
+folder="" array=""
+timer="" notes=""
+trap 'warned=1; pass_on' USR1
+trap 'ended=1; pass_on' TERM
+# What is to be done at the end.
+leaving=()
+trap leave EXIT
+
+leave() {
+    local act
+    for act in ${leaving[@]+"${leaving[@]}"}; do eval "$act" || :; done
+} 2> /dev/null
 
 say() { echo "job: $*"; }
 
@@ -28,62 +39,108 @@ refuse() {
     exit 2
 }
 
-# What Slurm says of this job, such as its JobState; nothing if it says nothing.
-fact() {
-    local said
-    said=$(scontrol show job "${SLURM_JOB_ID:-}" 2> /dev/null | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1) || true
-    case "$said" in "(null)" | None | N/A | Unknown) ;; *) printf '%s' "$said" ;; esac
+# The words of a text, into `words`; quotes keep some together, and nothing is run or expanded.
+words=()
+# shellcheck disable=SC2034  # the script that asks reads them
+words_of() {
+    mapfile -t words < <(xargs -r printf '%s\n' <<< "$1")
 }
 
 # Sleep in a way that a signal's trap does not wait for.
 pause() {
     sleep "$1" &
-    wait "$!" || true
+    wait "$!" || :
 }
 
-# Given what the job script was given, for the case that it is to be submitted again.
+# Do something some seconds later, unless this script has ended by then.
+later() {
+    (
+        trap 'kill "$!"; exit' TERM
+        sleep "$1" &
+        wait "$!"
+        shift
+        "$@"
+    ) 2> /dev/null &
+    leaving+=("kill $!")
+}
+
+# What Slurm says of this job, such as its JobState; nothing if it says nothing. Member 3 of array 7 is 7_3: 7 is all of it.
+fact() {
+    local said="" tries
+    for ((tries = 0; tries < 3; ++tries)); do
+        said=$(scontrol show job "$job" 2> /dev/null) && break
+        pause 1
+    done
+    if [[ "$1" == Command ]]; then
+        sed -n 's/^ *Command=//p' <<< "$said"
+        return
+    fi
+    said=$(tr ' ' '\n' <<< "$said" | sed -n "s|^$1=||p" | head -n 1)
+    case "$said" in "(null)" | None | N/A | Unknown) ;; *) printf '%s' "$said" ;; esac
+}
+
+# Give it what the job script was given: it may have to be submitted again.
 begin() {
     submitted=("$@")
+    # Modules and environments are written for shells that bear with them.
+    set +eu
     # shellcheck source=jobs/env.sh
-    source "$here/env.sh"
-    if [[ ! -e "$environment/bin/activate" ]]; then
-        refuse "GALA_MPI_ENV: $environment is no virtual environment; set it to the one that gala-mpi is installed in"
+    source "$here/env.sh" || refuse "jobs/env.sh: ends with an error"
+    if [[ -n "$environment" ]]; then
+        if [[ ! -e "$environment/bin/activate" ]]; then
+            refuse "GALA_MPI_ENV: $environment is no virtual environment; set it to the one that gala-mpi is installed in"
+        fi
+        # shellcheck source=/dev/null
+        source "$environment/bin/activate"
     fi
-    # shellcheck source=/dev/null
-    source "$environment/bin/activate"
-    case "$again" in requeue | resubmit | no) ;; *) refuse "GALA_MPI_AGAIN: $again; expected requeue, resubmit or no" ;; esac
-    # Cores of a rank: libraries must not start threads of their own on top. From 22.05 on srun takes over no
-    # --cpus-per-task from its job.
-    cores="${SLURM_CPUS_PER_TASK:-${GALA_MPI_CORES:-1}}"
+    set -eu
+    command -v gala-mpi > /dev/null || refuse "gala-mpi: not found; see GALA_MPI_ENV in jobs/env.sh"
+    case "$again" in auto | resubmit | no) ;; *) refuse "GALA_MPI_AGAIN: $again; expected auto, resubmit or no" ;; esac
+    case "$how" in auto | srun | mpirun) ;; *) refuse "GALA_MPI_LAUNCHER: $how; expected auto, srun or mpirun" ;; esac
+    find_the_ranks
+    # Libraries must not start threads of their own on top. From 22.05 on srun takes over no --cpus-per-task of its job.
     export OMP_NUM_THREADS="$cores" SRUN_CPUS_PER_TASK="$cores"
-    count_ranks
+    # What sbatch --export=NONE leaves behind would keep the environment from the ranks.
+    unset SLURM_EXPORT_ENV
     choose_launcher
-    banner
+    say "$(date '+%Y-%m-%d %H:%M:%S %Z'), $name $job, restart $restarts"
+    say "$ranks ranks of $cores core(s) on $nodes"
+    say "$library, started by: ${launcher[*]}"
 }
 
-count_ranks() {
+# Which scheduler, job and start this is, and how many ranks on which nodes.
+find_the_ranks() {
+    restarts=0
     if [[ -n "${SLURM_JOB_ID:-}" ]]; then
+        scheduler=slurm job=$SLURM_JOB_ID name="$SLURM_JOB_NAME" nodes="${SLURM_JOB_NODELIST:-}"
+        restarts="${SLURM_RESTART_COUNT:-0}" cores="${SLURM_CPUS_PER_TASK:-$cores}"
+        if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+            job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+            [[ -n "$array" ]] || refuse "--array: all members would be the same run; use jobs/array.sbatch"
+        fi
         # With --ntasks-per-node alone, some versions of Slurm set no number of tasks.
         ranks="${SLURM_NTASKS:-$((${SLURM_NNODES:-0} * ${SLURM_NTASKS_PER_NODE:-0}))}"
-        nodes="${SLURM_JOB_NODELIST:-}"
-        [[ "$ranks" != 0 ]] || refuse "SLURM_NTASKS: is not set, nor SLURM_NNODES and SLURM_NTASKS_PER_NODE; add #SBATCH --ntasks=<ranks>"
-    elif [[ -n "${PBS_NODEFILE:-}" ]]; then
-        ranks=$(wc -l < "$PBS_NODEFILE")
+        [[ "$ranks" != 0 ]] ||
+            refuse "SLURM_NTASKS: is not set, nor SLURM_NNODES and SLURM_NTASKS_PER_NODE; add #SBATCH --ntasks=<ranks>"
+    elif [[ -n "${PBS_JOBID:-}" ]]; then
+        scheduler=pbs job=$PBS_JOBID name="$PBS_JOBNAME" ranks=$(wc -l < "$PBS_NODEFILE")
         nodes=$(sort -u "$PBS_NODEFILE" | paste -sd, -)
-    elif [[ -n "${LSB_DJOB_NUMPROC:-}" ]]; then
-        ranks=$LSB_DJOB_NUMPROC
-        nodes="${LSB_MCPU_HOSTS:-}"
+    elif [[ -n "${LSB_JOBID:-}" ]]; then
+        scheduler=lsf job=$LSB_JOBID name="$LSB_JOBNAME" ranks=$LSB_DJOB_NUMPROC nodes="${LSB_MCPU_HOSTS:-}"
     else
         refuse "this is no job of Slurm, PBS or LSF: submit it with sbatch, qsub or bsub"
     fi
-    number="${SLURM_JOB_ID:-${PBS_JOBID:-${LSB_JOBID:-}}}"
+    number=${job//[^0-9A-Za-z]/-}
 }
 
 choose_launcher() {
-    local kind offered
+    local own fitting offered="" by_name kind
     library=$(python -c 'import mpi4py; mpi4py.rc.initialize = False
-from mpi4py import MPI; print(MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 \n"))' 2> /dev/null) ||
-        refuse "no MPI library can be loaded: load the module of your site's MPI in jobs/env.sh, or pip install mpich"
+from mpi4py import MPI; print(" ".join(MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0").split()))' 2>&1) ||
+        refuse "no MPI library can be loaded (${library##*$'\n'}): load your site's in jobs/env.sh, or pip install mpich"
+    library=${library##*$'\n'}
+    # The signal that its own launcher passes on.
+    around=() passed=USR1
     case "$library" in
         *"Open MPI"*) kind=openmpi own=(mpirun --enable-recovery -n "$ranks") fitting=pmix ;;
         # Intel's mpirun is a script that passes no signal on.
@@ -92,114 +149,139 @@ from mpi4py import MPI; print(MPI.Get_library_version().split("\n")[0].split(","
         *MVAPICH*) kind=mvapich own=(mpirun -n "$ranks") fitting=pmi2 ;;
         *) kind=mpich own=(mpirun -disable-auto-cleanup -n "$ranks") fitting=pmi2 ;;
     esac
-    [[ "$pmi" == auto ]] && pmi=$fitting
     if [[ "$how" == auto ]]; then
         how=mpirun
-        offered=$([[ -n "${SLURM_JOB_ID:-}" ]] && srun --mpi=list 2>&1) || offered=""
-        [[ "$offered" =~ (^|[[:space:]])"$pmi"([[:space:]]|$) ]] && how=srun
+        if [[ $scheduler == slurm ]]; then offered=$(srun --mpi=list 2>&1) || :; fi
+        by_name="(^|[[:space:]])$fitting([[:space:]]|$)"
+        # Who has chosen a PMI means srun. With pmix Slurm ends a step that has lost a rank: Open MPI's own does not.
+        if [[ "$pmi" != auto ]]; then
+            how=srun
+        elif [[ "$offered" =~ $by_name ]] && ! { [[ $kind == openmpi ]] && command -v mpirun > /dev/null; }; then
+            how=srun
+        fi
     fi
-    around=() passed=USR1
-    case "$how" in
+    if [[ "$pmi" == auto ]]; then pmi=$fitting; fi
+    if [[ "$how" == srun ]]; then
         # Ranks that survive the death of another go on.
-        srun) launcher=(srun --mpi="$pmi" --kill-on-bad-exit=0 --cpus-per-task="$cores") ;;
-        mpirun)
-            launcher=("${own[@]}")
-            # Under it ranks pay no heed to SIGUSR1, by which MPICH tells of another's death.
-            if [[ $kind == mpich ]]; then around=(sh "$here/outlive.sh") passed=TERM; fi
-            ;;
-        *) refuse "GALA_MPI_LAUNCHER: $how; expected srun, mpirun or auto" ;;
-    esac
+        launcher=(srun --mpi="$pmi" --kill-on-bad-exit=0 --cpus-per-task="$cores")
+    else
+        launcher=("${own[@]}")
+        # Under it ranks pay no heed to SIGUSR1, by which MPICH tells of another's death.
+        if [[ $kind == mpich ]]; then around=(sh "$here/outlive.sh") passed=TERM; fi
+    fi
 }
 
-banner() {
-    say "$(date '+%Y-%m-%d %H:%M:%S %Z'), ${SLURM_JOB_NAME:-${PBS_JOBNAME:-${LSB_JOBNAME:-gala-mpi}}} $number, restart ${SLURM_RESTART_COUNT:-0}"
-    say "$ranks ranks of $cores core(s) on $nodes"
-    say "$library, started by: ${launcher[*]}"
-}
-
-# Started by a step that lasts as long as the job: Slurm ends what a step leaves behind.
 start_mps() {
-    export CUDA_MPS_PIPE_DIRECTORY="/tmp/mps-$number" CUDA_MPS_LOG_DIRECTORY="/tmp/mps-$number/log"
-    local each=(srun --mpi=none --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap)
+    # A daemon that was killed leaves its files.
+    local folder="/tmp/mps-$number-$restarts" each tries
+    each=(srun --mpi=none --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --overlap)
     if ! command -v nvidia-cuda-mps-control > /dev/null; then
         say "nvidia-cuda-mps-control: not found; ranks that share a GPU take turns on it"
-        unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
         return
     fi
+    export CUDA_MPS_PIPE_DIRECTORY="$folder" CUDA_MPS_LOG_DIRECTORY="$folder/log"
+    # By a step that lasts as long as the job: Slurm ends what a step leaves behind. It goes after the ranks: a job that is
+    # preempted tells all steps. It serves all GPUs of the node, by their own numbers.
     # shellcheck disable=SC2016  # the step's own shell expands it
-    "${each[@]}" bash -c 'mkdir -p "$CUDA_MPS_LOG_DIRECTORY" && exec nvidia-cuda-mps-control -f' &
-    mps=$!
-    # shellcheck disable=SC2064  # the number of now
-    trap "kill $mps 2> /dev/null || true" EXIT
+    "${each[@]}" bash -c 'trap "" TERM; unset CUDA_VISIBLE_DEVICES
+        rm -rf "$CUDA_MPS_PIPE_DIRECTORY"; mkdir -p "$CUDA_MPS_LOG_DIRECTORY" && exec nvidia-cuda-mps-control -f' &
+    leaving+=("kill -KILL $!" "${each[*]} rm -rf $folder")
     # shellcheck disable=SC2016
-    if "${each[@]}" bash -c 'for ((i = 0; i < 150; ++i)); do [[ -e "$CUDA_MPS_PIPE_DIRECTORY/control" ]] && exit; sleep 0.2; done; exit 1'; then
+    if "${each[@]}" bash -c 'for ((i = 0; i < 150; ++i)); do
+        [[ -e "$CUDA_MPS_PIPE_DIRECTORY/control" ]] && exit; sleep 0.2; done; exit 1'; then
         say "MPS runs on $nodes"
     else
-        say "MPS did not start on all nodes within 30 s (its log: $CUDA_MPS_LOG_DIRECTORY); ranks that share a GPU take turns on it"
-        kill "$mps" 2> /dev/null || true
+        say "MPS did not start on all nodes within 30 s (its log: $folder/log); ranks that share a GPU take turns on it"
         unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
     fi
 }
 
 on_ranks() {
-    take_new_steps
-    "${launcher[@]}" "${around[@]}" "$@"
+    take_a_new_step
+    "${launcher[@]}" ${around[@]+"${around[@]}"} "$@"
 }
 
-# MPICH names a file in /dev/shm by job and step. A job that was queued again has the number that it had, so its step must
-# be another: what killed ranks have left is in nobody's way then.
-take_new_steps() {
+# What a later start of this job is to know: steps that were taken, starts in a row that came no further, and that waited.
+read_notes() {
+    notes="$runs/.job-$number" steps=0 idle="${GALA_MPI_IDLE:-0}" held="${GALA_MPI_HELD:-0}"
+    if [[ "$restarts" != 0 && -e "$notes" ]]; then read -r steps idle held < "$notes" || :; fi
+}
+
+write_notes() {
+    mkdir -p "$runs" && echo "$steps $idle $held" > "$notes" || :
+} 2> /dev/null
+
+drop_notes() {
+    rm -f "$notes"
+    rmdir "$runs" || :
+} 2> /dev/null
+
+# MPICH names files in /dev/shm by job and step. A job that was queued again has the number that it had, so its step must be
+# another than all before: what killed ranks have left is in nobody's way then.
+taken=0
+take_a_new_step() {
     [[ "$how" == srun ]] || return 0
-    for ((step = 0; step < ${SLURM_RESTART_COUNT:-0}; ++step)); do
-        srun --mpi=none --nodes=1 --ntasks=1 --cpus-per-task=1 true || true
+    [[ -n "$notes" ]] || read_notes
+    for (( ; taken < steps; ++taken)); do
+        srun --mpi=none --nodes=1 --ntasks=1 --cpus-per-task=1 true || :
     done
+    steps=$((taken + 1)) taken=$((taken + 1))
+    write_notes
 }
 
-# Exit code, last segment and steps of the run in $out, by its own record; nothing if there is none.
+# Exit code, last segment, steps and state of the run in $out, by its own record; nothing if there is none.
 read_run() {
-    declare -g run_code="" run_segment="" run_steps=0
-    read -r run_code run_segment run_steps < <(gala-mpi status "$out" --only code segment steps 2> /dev/null) || true
+    run_code="" run_segment="" run_steps=0 run_state=""
+    read -r run_code run_segment run_steps run_state < <(gala-mpi status "$out" --only code segment steps state 2> /dev/null) || :
 }
 
 train() {
+    local given waited code
     out=$1
     shift
-    local given
     for given in "$@"; do
         if [[ "$given" == --out* || "$given" == --resume* ]]; then
             refuse "$given: set GALA_MPI_OUT to the run's folder instead; a job that is queued again resumes it by itself"
         fi
     done
     watch_the_limit
-    # Told of the limit; told by Slurm that the job is cancelled or preempted.
-    warned="" ended="" ranks_pid=""
-    trap 'warned=1; pass_on' USR1
-    trap 'ended=1; pass_on' TERM
-    local code=6
+    read_notes
+    read_run
+    steps_before=$run_steps
+    # It had ended when this job was queued again.
+    if [[ "$restarts" != 0 && "$run_code" =~ ^(0|3|4)$ ]]; then
+        say "$out: has ended already"
+        return "$run_code"
+    fi
+    code=6
     for ((waited = 0; ; waited += 30)); do
-        read_run
+        if [[ -n "$warned$ended" ]]; then
+            code=75
+            break
+        fi
         if [[ "$run_code" != 6 ]]; then
             one_start "$@"
             [[ "$code" == 6 ]] || break
         fi
-        if [[ -n "$warned$ended" ]] || ((waited >= held_s)); then break; fi
+        ((waited < held_s)) || break
         say "another job goes on with $out, or its ranks do: waiting for it"
         pause 30
+        read_run
+        steps_before=$run_steps
     done
-    finish "$code" "$@"
+    finish "$code"
 }
 
-# Start the ranks, and wait for them; sets `code` to the run's exit code.
+# Start the ranks, and wait for them; sets `code`, of `train`, to the run's exit code.
 one_start() {
-    local before=$run_segment launched=127 said where=(--out "$out")
-    steps_before=$run_steps
+    local before=$run_segment launched=127 said where=(--out "$out") left
     if [[ -e "$out/run.json" ]]; then where=(--resume "$out"); fi
-    take_new_steps
+    take_a_new_step
     # The launcher itself: signals are for it.
-    "${launcher[@]}" "${around[@]}" gala-mpi train "${where[@]}" "$@" &
-    ranks_pid=$!
-    # Told before there were ranks.
-    if [[ -n "$warned$ended" ]]; then pass_on; fi
+    "${launcher[@]}" ${around[@]+"${around[@]}"} gala-mpi train "${where[@]}" "$@" &
+    ranks_pid=$! passed_on=""
+    # Told before there was a launcher: it has run nothing yet.
+    if [[ -n "$warned$ended" && -z "$passed_on" ]]; then kill -TERM "$ranks_pid" 2> /dev/null || :; fi
     # A signal ends the wait, but not the ranks. 127: the wait before has told it.
     while
         wait "$ranks_pid" && said=0 || said=$?
@@ -214,123 +296,153 @@ one_start() {
         pause 5
         read_run
     done
+    code=$launched
     if [[ -n "$run_segment" && "$run_segment" != "$before" ]]; then
-        code=$run_code
-    else
-        # It never began: the line above says why. Unless it was told to end before it could.
-        code=$launched
-        [[ "$code" != 0 ]] || code=1
-        if [[ -n "$warned$ended" && "$code" -gt 6 ]]; then code=75; fi
+        # Killed, and by nobody that this job knows of: the launcher says more.
+        if [[ "$run_state" != killed || -n "$warned$ended" || "$launched" -le 6 ]]; then code=$run_code; fi
+    elif [[ "$code" == 0 ]]; then
+        # It never began, whatever the launcher says; a line above says why.
+        code=1
+    fi
+    # Told, or preempted, before it could begin, or by a signal that it did not survive.
+    if [[ "$code" -gt 6 ]] && { [[ -n "$warned$ended" ]] || preempted; }; then code=75; fi
+}
+
+# Launchers pass signals on to the ranks. To a step of srun Slurm has sent its own SIGTERM already. Ranks that do not end,
+# since one died while MPI started, say, are ended before the limit.
+pass_on() {
+    # Another signal would end them at once.
+    [[ -n "$ranks_pid" && -z "$passed_on" ]] || return 0
+    if [[ -n "$warned" || "$how" != srun ]]; then
+        passed_on=1
+        kill -"$passed" "$ranks_pid" 2> /dev/null || :
+    fi
+    if [[ -n "$warned" && -z "$last_resort" ]]; then
+        last_resort=1
+        later $((warned_s - 30)) kill -TERM "$ranks_pid"
+        later $((warned_s - 20)) kill -KILL "$ranks_pid"
     fi
 }
 
-# Launchers pass signals on to the ranks. To a step of srun Slurm has sent its own SIGTERM already.
-pass_on() {
-    [[ -n "$ranks_pid" ]] || return 0
-    if [[ -n "$warned" || "$how" != srun ]]; then kill -"$passed" "$ranks_pid" 2> /dev/null || true; fi
+preempted() {
+    [[ $scheduler == slurm && -n "$(fact PreemptTime)" ]]
 }
 
-# End the job, if it goes on later; else the run's exit code.
+# End the job, if it is to go on later; else the run's exit code.
 finish() {
     local code=$1
-    shift
-    if [[ "$code" == 75 || "$code" == 6 ]] && may_go_again; then
-        echo "$(date '+%Y-%m-%d %H:%M:%S') job $number: from ${steps_before:-0} to $run_steps steps" \
-            2> /dev/null >> "$out/jobs.txt" || true
-        if [[ "$code" == 75 ]] && idle; then
-            say "the last $most_idle_starts starts came no further than ${run_steps} steps: not queued again; what they print above says why"
+    if { [[ "$code" == 75 ]] || [[ "$code" == 6 ]]; } && may_go_again "$code"; then
+        if [[ "$code" == 6 ]]; then held=$((held + 1)); else held=0; fi
+        if [[ "$code" == 6 ]] || ((run_steps > steps_before)); then idle=0; else idle=$((idle + 1)); fi
+        if ((idle >= most_idle)); then
+            say "the last $most_idle starts came no further than $run_steps steps: not queued again; their lines say why"
+        elif ((held >= most_held)); then
+            say "another job has gone on with $out for $most_held starts of this one: not queued again"
         else
-            go_again "$@"
-            exit "$code"
+            go_again
         fi
     fi
-    say "$out: exit code $code"
+    drop_notes
+    gala-mpi status "$out" 2> /dev/null | sed 's/^/job: /' || :
     return "$code"
 }
 
-# Whether the last starts have all ended at the same steps, or before their first checkpoint.
-idle() {
-    local reached
-    reached=$(tail -n "$most_idle_starts" "$out/jobs.txt" 2> /dev/null | awk '{ if ($(NF-3) == $(NF-1)) ++n } END { print n + 0 }')
-    [[ "$reached" == "$most_idle_starts" ]]
-}
-
-# Whether the job was told of its limit, preempted, or waits for another; not if a user has cancelled it.
+# Whether the job was told of its limit, preempted, or waits for another; not if a user has cancelled it, nor if it begins
+# again already.
 may_go_again() {
     local state
-    if [[ -z "${SLURM_JOB_ID:-}" ]]; then
-        [[ -n "$warned" || "$code" == 6 ]]
+    if [[ $scheduler != slurm ]]; then
+        [[ -z "$ended" && (-n "$warned" || "$1" == 6) ]]
         return
     fi
     state=$(fact JobState)
-    # In its time of grace a job that is preempted still runs, and only its ranks have been told.
-    if [[ "$state" == RUNNING && -n "$(fact PreemptTime)" ]]; then return 0; fi
-    [[ -n "$warned" || "$code" == 6 ]] && [[ "$state" == RUNNING || "$(fact Reason)" == TimeLimit ]]
-}
-
-go_again() {
-    # LSF queues a job again by its exit code (#BSUB -Q), PBS lets nobody queue his own.
-    local way=$again
-    if [[ -n "${PBS_JOBID:-}" && "$way" == requeue ]]; then way=resubmit; fi
-    if [[ -n "${LSB_JOBID:-}" && "$way" == requeue ]]; then
-        say "goes on later: LSF queues it again for its exit code (#BSUB -Q)"
+    # Slurm does not answer: who was told of the limit tries.
+    if [[ -z "$state" ]]; then
+        [[ -n "$warned" && -z "$ended" ]]
         return
     fi
-    case "$way" in
-        requeue)
+    [[ "$(fact Restarts)" == "$restarts" ]] || return 1
+    # In its time of grace a job that is preempted still runs, and only its ranks have been told.
+    if [[ "$state" == RUNNING && -n "$(fact PreemptTime)" ]]; then return 0; fi
+    [[ -n "$warned" || "$1" == 6 ]] && [[ "$state" == RUNNING || "$(fact Reason)" == TimeLimit ]]
+}
+
+# Ends the job; returns if it cannot go on later.
+go_again() {
+    local tries said=""
+    write_notes
+    case "$again-$scheduler" in
+        no-*)
+            say "go on with it: submit it again with GALA_MPI_OUT=$out"
+            return
+            ;;
+        auto-slurm)
             say "goes on later: into the queue again. Slurm calls that CANCELLED ... DUE TO JOB REQUEUE"
-            scontrol requeue "$SLURM_JOB_ID" && exit 75
-            say "this site does not let a job queue itself again: set GALA_MPI_AGAIN=resubmit"
+            # It ends this script by SIGTERM.
+            trap '' TERM
+            for ((tries = 0; tries < 5; ++tries)); do
+                said=$(scontrol requeue "$job" 2>&1) && exit 75
+                pause 2
+            done
+            say "could not be queued again (${said:-no reason was given}); set GALA_MPI_AGAIN=resubmit"
             ;;
-        resubmit)
+        auto-lsf)
+            say "goes on later: LSF queues it again for exit code $lsf_again (#BSUB -Q)"
+            exit "$lsf_again"
+            ;;
+        *)
             say "goes on later: submitted again"
-            resubmit "$@" && return 0
-            say "could not be submitted again; go on with it: GALA_MPI_OUT=$out sbatch ..."
+            if resubmit; then exit 75; fi
+            say "could not be submitted again"
             ;;
-        no) say "go on with it: submit it again with GALA_MPI_OUT=$out" ;;
+    esac
+    say "go on with it: submit it again with GALA_MPI_OUT=${folder:-$out}"
+}
+
+# Submit the job again, with the environment of this one. What sbatch was given in place of the script's own header is given
+# again as far as it is here.
+resubmit() {
+    local options=() field value
+    # An array has a folder for all of its members.
+    export GALA_MPI_OUT="${folder:-$out}" GALA_MPI_IDLE="$idle" GALA_MPI_HELD="$held"
+    case "$scheduler" in
+        slurm)
+            for field in Account Partition QOS TimeLimit:time NumNodes:nodes NumTasks:ntasks CPUs/Task:cpus-per-task; do
+                value=$(fact "${field%%:*}")
+                # A number of nodes may be a span.
+                if [[ $field == NumNodes* ]]; then value=${value%%-*}; fi
+                field=${field##*:}
+                if [[ -n "$value" ]]; then options+=("--${field,,}=$value"); fi
+            done
+            if [[ -n "$array" ]]; then options+=(--array="$SLURM_ARRAY_TASK_ID"); fi
+            env -u SLURM_RESTART_COUNT sbatch "${options[@]}" --job-name="$name" --dependency="afterany:$job" \
+                "$(fact Command)" ${submitted[@]+"${submitted[@]}"}
+            ;;
+        pbs) qsub -V -W depend=afterany:"$job" "$here/train.pbs" ;;
+        lsf) bsub < "$here/train.lsf" ;;
     esac
 }
 
-resubmit() {
-    local options=() name value
-    # An array has a folder for all of its members.
-    export GALA_MPI_OUT="${folder:-$out}"
-    if [[ -n "${SLURM_JOB_ID:-}" ]]; then
-        # What was given to sbatch in place of the script's own header.
-        for name in Account Partition QOS TimeLimit:time NumNodes:nodes NumTasks:ntasks CPUs/Task:cpus-per-task; do
-            value=$(fact "${name%%:*}")
-            name=${name##*:}
-            [[ -z "$value" ]] || options+=("--${name,,}=${value%%-*}")
-        done
-        if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then options+=(--array="$SLURM_ARRAY_TASK_ID"); fi
-        sbatch "${options[@]}" --job-name="$SLURM_JOB_NAME" --dependency="afterany:$SLURM_JOB_ID" "$(fact Command)" \
-            "${submitted[@]}"
-    elif [[ -n "${PBS_JOBID:-}" ]]; then
-        qsub -V -W depend=afterany:"$PBS_JOBID" "$here/train.pbs"
-    else
-        return 1
-    fi
-}
-
-# Refuse a time limit that leaves no time to train. PBS gives no warning: this job is to give it to itself.
+# Refuse a time limit that leaves no time to train. PBS warns of none: there this job tells itself.
 watch_the_limit() {
-    local limit days=0 limit_s
-    if [[ -n "${PBS_JOBID:-}" ]]; then
-        limit=$(qstat -f "$PBS_JOBID" 2> /dev/null | sed -n 's/^ *Resource_List.walltime = //p') || true
-    else
-        limit=$(fact TimeLimit)
+    local limit="" days limit_s
+    case "$scheduler" in
+        slurm) limit=$(fact TimeLimit) ;;
+        pbs) limit=$(qstat -f "$job" 2> /dev/null | sed -n 's/^ *Resource_List.walltime = //p') || : ;;
+        lsf) return 0 ;;
+    esac
+    if ! [[ "$limit" =~ ^([0-9]+-)?([0-9]+):([0-9]+):([0-9]+)$ ]]; then
+        if [[ $scheduler == pbs ]]; then say "qstat tells no walltime: this job will not be told of its limit"; fi
+        return 0
     fi
-    [[ "$limit" =~ ^([0-9]+-)?([0-9]+):([0-9]+):([0-9]+)$ ]] || return 0
     days=${BASH_REMATCH[1]%-}
     limit_s=$((10#${days:-0} * 86400 + 10#${BASH_REMATCH[2]} * 3600 + 10#${BASH_REMATCH[3]} * 60 + 10#${BASH_REMATCH[4]}))
     if ((limit_s < 2 * warned_s)); then
         refuse "time limit: $limit cannot be used; expected at least $((2 * warned_s / 60)) minutes: the job is told" \
             "$warned_s s before its limit, and is to train before that"
     fi
-    if [[ -n "${PBS_JOBID:-}" && -z "${timer:-}" ]]; then
-        { sleep $((limit_s - warned_s)) && kill -USR1 $$; } &
-        timer=$!
-        # shellcheck disable=SC2064  # the number of now
-        trap "kill $timer 2> /dev/null || true" EXIT
+    if [[ $scheduler == pbs && -z "$timer" ]]; then
+        timer=1
+        later $((limit_s - warned_s - SECONDS)) kill -USR1 $$
     fi
 }

@@ -56,9 +56,9 @@ class StatusOptions:
     """Folders of runs."""
     json: bool = False
     """Print a line of JSON for each run instead of text."""
-    only: tuple[Literal["code", "segment", "steps", "total_steps"], ...] = ()
-    """Print these numbers alone, in this order, for scripts: `code` is the exit code, `segment` the number of the last
-    start, from 0 on."""
+    only: tuple[Literal["code", "segment", "steps", "total_steps", "state"], ...] = ()
+    """Print these alone, in this order, for scripts: `code` is the exit code, `segment` the number of the last start,
+    from 0 on, and `state` has several words."""
 
     def __post_init__(self) -> None:
         if not self.run:
@@ -81,15 +81,13 @@ class Status:
 def report(args: list[str]) -> tuple[str, int]:
     """What `gala-mpi status` prints, and its exit code. Raises UsageError for what is no run."""
     options = arguments.parse(StatusOptions, "status", DESCRIPTION, args)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = list(pool.map(status_of, options.run))
-    if options.only:
-        lines = [" ".join(str(getattr(one, name)) for name in options.only) for one in found]
-    elif options.json:
-        lines = [json.dumps(dataclasses.asdict(one)) for one in found]
+    if len(options.run) == 1:
+        found: list[Status | UsageError] = [status_of(options.run[0])]
     else:
-        lines = [_line(one) for one in found]
-    return "\n".join(lines), max(one.code for one in found)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = list(pool.map(_status_or_why_not, options.run))
+    lines = [_line(one, options) for one in found]
+    return "\n".join(lines), max(one.exit_code if isinstance(one, UsageError) else one.code for one in found)
 
 
 def help_text(_args: list[str]) -> str:
@@ -130,9 +128,23 @@ def _steps_of_checkpoints(folder: Path) -> int:
     return 0
 
 
-def _line(one: Status) -> str:
+def _status_or_why_not(folder: Path) -> Status | UsageError:
+    """Among several there may be what is no run: a picture of them, say."""
+    try:
+        return status_of(folder)
+    except UsageError as error:
+        return error
+
+
+def _line(one: Status | UsageError, options: StatusOptions) -> str:
+    if isinstance(one, UsageError):
+        return json.dumps({"error": str(one)}) if options.json else str(one)
+    if options.only:
+        return " ".join(str(getattr(one, name)) for name in options.only)
+    if options.json:
+        return json.dumps(dataclasses.asdict(one))
     starts = "1 start" if one.segment == 0 else f"{one.segment + 1:,} starts"
-    onward = f"; gala-mpi train --resume {one.run} goes on with it" if one.code == EXIT_STOPPED else ""
+    onward = f"; goes on with --resume {one.run}" if one.code == EXIT_STOPPED else ""
     return (
         f"{one.run}: {one.state}, {one.steps:,} of {one.total_steps:,} steps, {starts} (exit code {one.code}){onward}"
     )

@@ -102,7 +102,10 @@ def _noted(found: _Found | None, last: int) -> End | None:
 def _watch(folder: Path, before: _Found | None, last: int) -> End:
     """What the lease says of segment `last`. Raises HeldError if it is touched within WAIT_S."""
     time.sleep(WAIT_S)
-    if _look(folder) != before:
+    now = _look(folder)
+    if end := _noted(now, last):
+        return end
+    if now != before:
         raise HeldError(f"{LEASE_FILE} is still being touched: end the job that holds it by a signal, or wait for it")
     return before.end if before is not None and before.segment >= last else End()
 

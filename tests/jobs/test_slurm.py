@@ -143,6 +143,15 @@ def test_a_job_goes_on_after_its_limit_and_after_a_requeue_and_ends_when_it_is_c
     assert status_of(site.run(job)).code == 75 and site.log(job).count("into the queue again") == 1
 
 
+def test_a_job_that_a_user_tells_to_end_ends_in_order(site: Site) -> None:
+    """scancel alone gives the ranks no time."""
+    job = site.train(*ENDLESS)
+    site.says(job, "steps/s")
+    site.slurm.run("scancel", "--signal=USR1", str(job))
+    assert site.ends(job) == 75
+    assert "stopped (SIGUSR1)" in site.log(job) and status_of(site.run(job)).state == "stopped by a signal"
+
+
 def test_a_job_that_is_preempted_goes_on_later(site: Site) -> None:
     slurm = site.slurm
     job = site.train(*ENDLESS)
@@ -199,13 +208,13 @@ def test_where_a_job_may_not_queue_itself_again_it_submits_itself_or_says_how_to
     assert site.ends(job) == 75
     assert "set GALA_MPI_AGAIN=resubmit" in site.log(job)
     out = {"GALA_MPI_OUT": str(site.run(job)), "GALA_MPI_AGAIN": "resubmit"}
-    again = site.train(*ENDLESS, nodes=("--no-requeue", *TWO_NODES), **out)
+    again = site.train(*ENDLESS, nodes=("--no-requeue", *TWO_NODES[:3], "--time=1-00:00:00"), **out)
     site.says(again, "goes on from")
     slurm.warn(again)
     assert site.ends(again) == 75
     last = again + 1
     site.says(last, "goes on from")
-    assert slurm.fact(last, "NumNodes") == "2" and slurm.fact(last, "TimeLimit") == "00:20:00"
+    assert slurm.fact(last, "NumNodes") == "2" and slurm.fact(last, "TimeLimit") == "1-00:00:00"
     slurm.run("scancel", str(last))
 
 
@@ -229,6 +238,38 @@ def test_an_array_has_a_seed_a_folder_and_a_log_for_each_member(site: Site) -> N
     assert slurm.exit_code(refused) == 2 and "use jobs/array.sbatch" in site.log(refused)
 
 
+def test_a_member_of_an_array_that_is_told_goes_on_alone(site: Site) -> None:
+    """The last member has the number of the whole array."""
+    slurm = site.slurm
+    job = site.submit(*ONE_NODE, "--array=1-2", "jobs/array.sbatch", *ENDLESS)
+    logs = {member: site.folder / "logs" / f"array-{job}-{member}.log" for member in (1, 2)}
+
+    def says(member: int, text: str) -> None:
+        wait_for(lambda: logs[member].exists() and text in logs[member].read_text(), f"{text} of member {member}")
+
+    for member in logs:
+        says(member, "steps/s")
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    says(2, "into the queue again")
+    says(2, "goes on from")
+    assert "restart 1" not in logs[1].read_text() and "queue" not in logs[1].read_text()
+    slurm.run("scancel", str(job))
+
+
+def test_a_comparison_that_is_told_goes_on_where_it_was(site: Site) -> None:
+    slurm = site.slurm
+    budget = ("--preset", "cartpole", "--total-steps", "60_000", "--progress-every-s", "0.5")
+    job = site.submit(*ONE_NODE, "jobs/compare.sbatch", *budget)
+    folder = site.folder / "runs" / f"compare-{job}"
+    wait_for(lambda: list(folder.glob("allreduce/checkpoints/rank-00001/segment-0-*")), "the second run")
+    slurm.warn(job)
+    site.says(job, "into the queue again")
+    assert site.ends(job) == 0
+    assert "gossip: has ended already" in site.log(job)
+    found = {exchange: status_of(folder / exchange) for exchange in ("gossip", "allreduce", "none")}
+    assert {one.code for one in found.values()} == {0} and found["allreduce"].segment == 1
+
+
 def test_the_doctor_and_a_comparison_end(site: Site) -> None:
     doctor = site.submit(*ONE_NODE, "jobs/doctor.sbatch", "--out", ".")
     compare = site.submit(*ONE_NODE, "jobs/compare.sbatch", *QUICK)
@@ -246,7 +287,7 @@ def test_what_cannot_be_is_told_in_a_line_with_exit_code_2(site: Site) -> None:
             *QUICK, nodes=("--time=5", *ONE_NODE[:3])
         ),
         "each is a run of its own": site.train(*QUICK, GALA_MPI_LAUNCHER="srun", GALA_MPI_PMI="none"),
-        "expected srun, mpirun or auto": site.train(*QUICK, GALA_MPI_LAUNCHER="rsh"),
+        "expected auto, srun or mpirun": site.train(*QUICK, GALA_MPI_LAUNCHER="rsh"),
         "is no virtual environment": site.train(*QUICK, GALA_MPI_ENV=str(site.folder)),
         "--out: '/proc/run' cannot be used; expected a folder that can be written": site.train(
             *QUICK, GALA_MPI_OUT="/proc/run"

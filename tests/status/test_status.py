@@ -57,7 +57,7 @@ def test_a_run_that_was_killed_can_be_resumed(run: Path) -> None:
     write_lease(run, run_id_of(run), 0)
     found = status_of(run)
     assert (found.state, found.code, found.steps) == ("killed", 75, 640)
-    assert report([str(run)])[0].endswith(f"(exit code 75); gala-mpi train --resume {run} goes on with it")
+    assert report([str(run)])[0].endswith(f"(exit code 75); goes on with --resume {run}")
     # It was begun again, and killed before it had written a lease.
     write_lease(run, run_id_of(run), 0, End(ended=True, code=0))
     (run / "config.1.toml").write_bytes((run / "config.toml").read_bytes())
@@ -90,6 +90,15 @@ def test_what_is_no_run_is_told(damage: str, run: Path) -> None:
         (run / damage).write_text("nothing")
     with pytest.raises(UsageError, match=f"^RUN: '{run}' cannot be used; expected the folder of a run"):
         report([str(run)])
+
+
+def test_what_is_no_run_among_several_has_a_line_of_its_own(run: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "curve.png"
+    picture.touch()
+    said, code = report([str(picture), str(run)])
+    first, second = said.splitlines()
+    assert first.startswith(f"RUN: '{picture}' cannot be used") and second.startswith(f"{run}: finished") and code == 2
+    assert "error" in json.loads(report(["--json", str(picture), str(run)])[0].splitlines()[0])
 
 
 def test_runs_must_be_named(run: Path) -> None:
