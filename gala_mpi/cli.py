@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -145,11 +147,7 @@ def under_mpi(command: str, run: Callable[[MPI.Intracomm], int]) -> int:
         return _refuse_once(error)
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        output.complain(
-            f"gala-mpi: error: no MPI library can be loaded ({reason}); load your site's MPI, or install one: "
-            "pip install mpich"
-        )
-        return EXIT_CONFIG
+        return _refuse_once(UsageError(f"no MPI library can be loaded ({reason}); {_remedy()}"))
     comm = MPI.COMM_WORLD
     logging.basicConfig(format=f"[{comm.rank}/{comm.size}] %(levelname)s: %(message)s", stream=output.stderr())
     try:
@@ -174,6 +172,16 @@ def under_mpi(command: str, run: Callable[[MPI.Intracomm], int]) -> int:
         code = EXIT_ERROR
     _end(code)
     return code
+
+
+def _remedy() -> str:
+    """What helps where mpi4py finds no MPI library; of the one that is there, if its compiler is."""
+    compiler = shutil.which("mpicc")
+    if compiler is None:
+        return "load your site's MPI, or install one: pip install mpich"
+    # Without its cache pip would take what it has built for another library.
+    build = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary mpi4py mpi4py"
+    return f"build mpi4py for the MPI of this machine: MPICC={shlex.quote(compiler)} {build}"
 
 
 def _end(code: int) -> None:

@@ -23,33 +23,16 @@ from gala_mpi.storage.resume import FIXED
 from gala_mpi.storage.schema import READING, TABLES
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-# Options of others' programs, and of our scripts.
+# Options of others' programs.
 OTHERS = {
-    *(
-        "array",
-        "dependency",
-        "enable-recovery",
-        "with-ft",
-        "kill-on-bad-exit",
-        "mpi",
-        "cpus-per-task",
-        "shm-size",
-        "no-binary",
-        "help",
-    ),
-    *("seconds", "repeats", "out", "minutes", "ranks", "hosts", "runs", "inputs", "exchanges", "seed", "precisions"),
-    *(
-        "kill",
-        "looks",
-        "settle-s",
-        "timeout-s",
-        "update-s",
-        "nodes",
-        "rounds",
-        "update-ms-a-rank",
-        "run-s",
-        "topologies",
-    ),
+    *("array", "signal", "dependency", "enable-recovery", "with-ft", "kill-on-bad-exit"),
+    *("mpi", "cpus-per-task", "shm-size", "no-binary", "help", "force-reinstall"),
+    *("no-cache-dir", "no-deps"),
+    # Of our scripts.
+    *("seconds", "repeats", "out", "minutes", "ranks", "hosts"),
+    *("runs", "inputs", "exchanges", "seed", "precisions", "kill"),
+    *("looks", "settle-s", "timeout-s", "update-s", "nodes", "rounds"),
+    *("update-ms-a-rank", "run-s", "topologies"),
 }
 SOURCES = "gala_mpi|tests|jobs|benchmarks|analysis|src|docs|examples"
 

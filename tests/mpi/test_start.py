@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import Mpi
@@ -35,3 +36,17 @@ def test_a_limit_that_is_none_is_refused_in_one_line(one_mpi: Mpi, limit: str) -
     done = one_mpi.run(2, "-m", "gala_mpi", "train", env={VARIABLE: limit})
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1 and f"{VARIABLE}: '{limit}' cannot be used; expected" in done.stderr
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_a_missing_library_is_told_once_with_what_helps(mpich: Mpi, compiler: bool, tmp_path: Path) -> None:
+    mpicc = tmp_path / "mpicc"
+    if compiler:
+        mpicc.touch(0o755)
+    env = {"MPI4PY_LIBMPI": "/nonexistent/libmpi.so", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = mpich.run(2, "-m", "gala_mpi", "train", env=env)
+    assert done.returncode == 2, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert line.startswith("gala-mpi: error: no MPI library can be loaded (")
+    build = f"MPICC={mpicc} pip install --force-reinstall --no-deps --no-cache-dir --no-binary mpi4py mpi4py"
+    assert line.endswith(build if compiler else "install one: pip install mpich")
