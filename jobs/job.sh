@@ -402,7 +402,7 @@ go_again() {
 # Submit the job again, with the environment of this one. What sbatch was given in place of the script's own header is given
 # again as far as it is here.
 resubmit() {
-    local options=() field value
+    local options=() field value script
     # An array has a folder for all of its members.
     export GALA_MPI_OUT="${folder:-$out}" GALA_MPI_IDLE="$idle" GALA_MPI_HELD="$held"
     case "$scheduler" in
@@ -414,9 +414,12 @@ resubmit() {
                 field=${field##*:}
                 if [[ -n "$value" ]]; then options+=("--${field,,}=$value"); fi
             done
+            # Slurm tells the script with its arguments.
+            script=$(fact Command)
+            script=${script%" ${submitted[*]-}"}
             if [[ -n "$array" ]]; then options+=(--array="$SLURM_ARRAY_TASK_ID"); fi
             env -u SLURM_RESTART_COUNT sbatch "${options[@]}" --job-name="$name" --dependency="afterany:$job" \
-                "$(fact Command)" ${submitted[@]+"${submitted[@]}"}
+                "$script" ${submitted[@]+"${submitted[@]}"}
             ;;
         pbs) qsub -V -W depend=afterany:"$job" "$here/train.pbs" ;;
         lsf) bsub < "$here/train.lsf" ;;

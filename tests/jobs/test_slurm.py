@@ -212,6 +212,7 @@ def test_where_a_job_may_not_queue_itself_again_it_submits_itself_or_says_how_to
     site.says(again, "goes on from")
     slurm.warn(again)
     assert site.ends(again) == 75
+    assert "Submitted batch job" in site.log(again), site.log(again)
     last = again + 1
     site.says(last, "goes on from")
     assert slurm.fact(last, "NumNodes") == "2" and slurm.fact(last, "TimeLimit") == "1-00:00:00"
