@@ -295,7 +295,7 @@ def watching(self, stop):
     without, mixed, last = [], deque(maxlen=21), deque(maxlen=20)
     def look(update):
         mixed.append(counters.messages_mixed)
-        last.append(neighbour.lost or update - neighbour.update > 20)
+        last.append(neighbour.lost)
         if neighbour.lost:
             without.append(counters.messages_mixed)
             if len(without) > 60 and without[-1] > without[0]:
