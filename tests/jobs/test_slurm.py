@@ -35,7 +35,7 @@ def slurm() -> Iterator[Slurm]:
         try:
             made = stack.enter_context(Slurm({**clean, "GALA_MPI_ENV": str(ENVIRONMENT), "OMP_NUM_THREADS": "1"}))
         except SlurmUnavailable as error:
-            if os.environ.get("GALA_MPI_REQUIRE_CLUSTER"):
+            if os.environ.get("GALA_MPI_REQUIRE_SLURM"):
                 pytest.fail(f"a Slurm is required: {error}")
             pytest.skip(f"no Slurm: {error}")
         yield made
