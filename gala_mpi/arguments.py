@@ -31,14 +31,13 @@ def parse(options: type[T], command: str, description: str, args: list[str], def
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return _tyro(options, command, description, args, default)
     except SystemExit as error:
-        lines = _lines(said.getvalue())
-        unknown = _unknown(args, settings.sections(options))
-        if (missing := _missing(lines, settings.sections(options))) and not unknown:
-            usage = settings.usage(command, settings.sections(options))
-            raise UsageError(f"{' and '.join(missing)}: not given; {usage}") from error
+        lines, found = _lines(said.getvalue()), settings.sections(options)
         line = " ".join(lines)
-        if unknown and "Unrecognized" not in line:
+        # The parser names what it misses, or cannot read, before what it does not know.
+        if (unknown := _unknown(args, found)) and "Unrecognized" not in line:
             raise UsageError(f"{' and '.join(unknown)}: no such option (see gala-mpi {command} --help)") from error
+        if missing := _missing(lines, found):
+            raise UsageError(f"{' and '.join(missing)}: not given; {settings.usage(command, found)}") from error
         for pattern, ours in CLEARER:
             line = re.sub(pattern, ours, line)
         raise UsageError(f"{line} (see gala-mpi {command} --help)") from error

@@ -8,21 +8,29 @@ import errno
 import os
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 FALLOC_FL_KEEP_SIZE = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def read_file(path: Path, largest_bytes: int) -> bytes:
-    """The content of a regular file. Raises OSError, and ValueError if it is none, or larger than that."""
+@contextlib.contextmanager
+def regular_file(path: Path, largest_bytes: int) -> Iterator[BinaryIO]:
+    """A regular file to read from. Raises OSError, and ValueError if it is none, or larger than that."""
     # A pipe would wait for its writer, and a link may lead anywhere.
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(handle, "rb") as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode) or about.st_size > largest_bytes:
             raise ValueError(f"it is no file of at most {largest_bytes:,} bytes")
+        yield file
+
+
+def read_file(path: Path, largest_bytes: int) -> bytes:
+    """The content of such a file."""
+    with regular_file(path, largest_bytes) as file:
         return file.read(largest_bytes)
 
 

@@ -20,7 +20,7 @@ here="${here:?}" # the folder of this file, by the script that reads it
 warned="" ended="" ranks_pid="" passed_on="" last_resort=""
 # Given by a script that is for several runs: the folder of all, and that it is for an array.
 folder="" array=""
-timer="" notes=""
+timer="" notes="" about_job=""
 trap 'warned=1; pass_on' USR1
 trap 'ended=1; pass_on' TERM
 # What is to be done at the end.
@@ -64,18 +64,19 @@ later() {
     leaving+=("kill $!")
 }
 
-# What Slurm says of this job, such as its JobState; nothing if it says nothing. Member 3 of array 7 is 7_3: 7 is all of it.
-fact() {
-    local said="" tries
+# Ask Slurm about this job as it is now. Member 3 of array 7 is 7_3: 7 is all of it.
+ask() {
+    local tries
     for ((tries = 0; tries < 3; ++tries)); do
-        said=$(scontrol show job "$job" 2> /dev/null) && break
+        about_job=$(scontrol show job "$job" 2> /dev/null) && break
         pause 1
     done
-    if [[ "$1" == Command ]]; then
-        sed -n 's/^ *Command=//p' <<< "$said"
-        return
-    fi
-    said=$(tr ' ' '\n' <<< "$said" | sed -n "s|^$1=||p" | head -n 1)
+}
+
+# What it said when it was last asked, such as the JobState; nothing if it said nothing.
+fact() {
+    local said
+    said=$(tr ' ' '\n' <<< "$about_job" | sed -n "s|^$1=||p" | head -n 1)
     case "$said" in "(null)" | None | N/A | Unknown) ;; *) printf '%s' "$said" ;; esac
 }
 
@@ -325,7 +326,9 @@ pass_on() {
 }
 
 preempted() {
-    [[ $scheduler == slurm && -n "$(fact PreemptTime)" ]]
+    [[ $scheduler == slurm ]] || return 1
+    ask
+    [[ -n "$(fact PreemptTime)" ]]
 }
 
 # End the job, if it is to go on later; else the run's exit code.
@@ -355,6 +358,7 @@ may_go_again() {
         [[ -z "$ended" && (-n "$warned" || "$1" == 6) ]]
         return
     fi
+    ask
     state=$(fact JobState)
     # Slurm does not answer: who was told of the limit tries.
     if [[ -z "$state" ]]; then
@@ -407,6 +411,7 @@ resubmit() {
     export GALA_MPI_OUT="${folder:-$out}" GALA_MPI_IDLE="$idle" GALA_MPI_HELD="$held"
     case "$scheduler" in
         slurm)
+            ask
             for field in Account Partition QOS TimeLimit:time NumNodes:nodes NumTasks:ntasks CPUs/Task:cpus-per-task; do
                 value=$(fact "${field%%:*}")
                 # A number of nodes may be a span.
@@ -415,7 +420,7 @@ resubmit() {
                 if [[ -n "$value" ]]; then options+=("--${field,,}=$value"); fi
             done
             # Slurm tells the script with its arguments.
-            script=$(fact Command)
+            script=$(sed -n 's/^ *Command=//p' <<< "$about_job")
             script=${script%" ${submitted[*]-}"}
             if [[ -n "$array" ]]; then options+=(--array="$SLURM_ARRAY_TASK_ID"); fi
             env -u SLURM_RESTART_COUNT sbatch "${options[@]}" --job-name="$name" --dependency="afterany:$job" \
@@ -430,7 +435,10 @@ resubmit() {
 watch_the_limit() {
     local limit="" days limit_s
     case "$scheduler" in
-        slurm) limit=$(fact TimeLimit) ;;
+        slurm)
+            ask
+            limit=$(fact TimeLimit)
+            ;;
         pbs) limit=$(qstat -f "$job" 2> /dev/null | sed -n 's/^ *Resource_List.walltime = //p') || : ;;
         lsf) return 0 ;;
     esac

@@ -69,10 +69,6 @@ class Slurm:
         )
         return done.stdout + ("" if check else done.stderr)
 
-    def ended(self, job: int) -> bool:
-        """Whether it has, for good."""
-        return self.fact(job, "JobState") in ENDED
-
     def submit(self, folder: Path, *command: str, env: Mapping[str, str] = NONE) -> int:
         """Submit a job from a folder; its number."""
         return int(self.run("sbatch", "--parsable", *command, env=env, cwd=folder).strip())
@@ -85,7 +81,7 @@ class Slurm:
 
     def exit_code(self, job: int) -> int:
         """Wait for the end of a job; its exit code, or minus the signal that ended it."""
-        wait_for(lambda: self.ended(job), f"the end of job {job}")
+        wait_for(lambda: self.fact(job, "JobState") in ENDED, f"the end of job {job}")
         code, _, number = self.fact(job, "ExitCode").partition(":")
         return int(code) or -int(number)
 

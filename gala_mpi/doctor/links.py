@@ -114,17 +114,17 @@ def measure(peers: Peers, rounds: Sequence[Sequence[Edge]], threaded: bool) -> M
     Without threads in MPI a link that does not answer can be ended by the watch only.
     """
     # Not at the top: what is pure here can be had without MPI.
-    from gala_mpi.mpi.window import Window, why_no_windows
+    from gala_mpi.mpi.window import Window
 
     rank = peers.comm.rank
     links: list[Link] = []
     peers.watch.doing = "making the window to measure links"
     if not peers.meet(peers.watch.patience_s()):
         return Measured(links, False, None)
-    problem = why_no_windows(peers.comm)
-    if problem:
-        return Measured(links, True, problem)
-    window = Window(peers.comm, PAYLOAD_AT + (PAYLOAD_BYTES if rounds else 0))
+    try:
+        window = Window(peers.comm, PAYLOAD_AT + (PAYLOAD_BYTES if rounds else 0))
+    except RuntimeError as error:
+        return Measured(links, True, str(error))
     for number, edges in enumerate(rounds):
         said = ", ".join(f"{origin} -> {target}" for origin, target in edges[:3])
         peers.watch.doing = f"measuring the links {said} (round {number + 1} of {len(rounds)})"

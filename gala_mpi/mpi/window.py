@@ -64,8 +64,6 @@ def why_no_windows(comm: MPI.Intracomm) -> str:
     try:
         with Window(comm, WORD_BYTES):
             return ""
-    except MpiError as error:
-        return f"the MPI library cannot make windows ({first_line(error)})"
     except RuntimeError as error:
         return str(error)
 
@@ -73,7 +71,8 @@ def why_no_windows(comm: MPI.Intracomm) -> str:
 class Window:
     """`nbytes` of page-aligned memory on this rank (ranks may differ), zeroed, open to every rank of `comm`.
 
-    Making and freeing it are collective; all else is local. Offsets and sizes are in bytes, from the first
+    Making and freeing it are collective; all else is local. Making it raises RuntimeError where the library has none of
+    the unified memory model. Offsets and sizes are in bytes, from the first
     page of the target's memory. In a window on which a second thread works (see `courier`) operations are started, and
     each is waited for alone. A flush, which may wait for all that the process has started, towards dead ranks too, and
     with the library locked (MPICH over libfabric), is not for it.
@@ -93,7 +92,10 @@ class Window:
         info.Set("alloc_shared_noncontig", "true")
         # One page more than asked for: the alignment above is a hint that a library may ignore.
         allocate = MPI.Win.Allocate_shared if shared else MPI.Win.Allocate
-        self._win = allocate(nbytes + PAGE_BYTES, 1, info, comm)
+        try:
+            self._win = allocate(nbytes + PAGE_BYTES, 1, info, comm)
+        except MpiError as error:
+            raise RuntimeError(f"the MPI library cannot make windows ({first_line(error)})") from error
         info.Free()
         if self._win.Get_attr(MPI.WIN_MODEL) != MPI.WIN_UNIFIED:
             self._win.Free()

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from gala_mpi.files import first_line, read_file, sync_folder, write_file
+from gala_mpi.files import first_line, read_file, regular_file, sync_folder, write_file
 
 FOLDER = "checkpoints"
 FORMAT = 1
@@ -31,6 +31,7 @@ BEST = "best.safetensors"
 RANK = re.compile(r"rank-(\d{5,9})")
 NAME = re.compile(r"segment-(\d{1,9})-update-(\d{1,18})\.safetensors")
 LARGEST_HEADER_BYTES = 16 * 2**20
+NO_CHECKPOINT = "it is truncated, or no safetensors file"
 # Sums of all ranks stay below the greatest integer of the metrics.
 LARGEST_COUNT, MOST_RANKS = 2**43, 2**20
 # Distances between parameters in float32 stay far below it.
@@ -149,10 +150,10 @@ def decode(data: bytes) -> tuple[Facts, Tensors]:
     """What `encode` was given. Raises ValueError for any bytes that it did not make."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(LARGEST_HEADER_BYTES, len(data) - 8):
-        raise ValueError("it is truncated, or no safetensors file")
+        raise ValueError(NO_CHECKPOINT)
     try:
         tensors = load(data)
-        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+        metadata = _metadata(data[8 : 8 + length])
         text, digest = metadata["facts"], metadata["digest"]
         found = _digest(text, tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -160,6 +161,12 @@ def decode(data: bytes) -> tuple[Facts, Tensors]:
     if found != digest:
         raise ValueError("its content is not what was written (the digest differs)")
     return Facts.from_json(text), tensors
+
+
+def _metadata(header: bytes) -> dict[str, Any]:
+    """What a safetensors header says beside the tensors. Raises KeyError, TypeError, ValueError or RecursionError."""
+    found: dict[str, Any] = json.loads(header)["__metadata__"]
+    return found
 
 
 def _digest(text: str, tensors: Tensors) -> str:
@@ -183,11 +190,12 @@ def read(path: Path, largest_bytes: int) -> Checkpoint:
 def read_facts(path: Path) -> Facts:
     """The facts of a checkpoint alone, whose digest is not looked at. Raises CheckpointError."""
     try:
-        with path.open("rb") as file:
+        # However large: no more than the header is read.
+        with regular_file(path, LARGEST_COUNT) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > LARGEST_HEADER_BYTES:
-                raise ValueError("it is no safetensors file")
-            return Facts.from_json(json.loads(file.read(length))["__metadata__"]["facts"])
+                raise ValueError(NO_CHECKPOINT)
+            return Facts.from_json(_metadata(file.read(length))["facts"])
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be used: {first_line(error)}") from error
 

@@ -124,7 +124,7 @@ def _look(folder: Path) -> _Found | None:
         content = {}
     run_id, segment = content.get("run_id"), content.get("segment")
     code, steps = content.get("code"), content.get("steps")
-    # Versions before 0.2 noted no more than whether it ended in order.
+    # Older versions noted no more than whether it ended in order.
     whole = all(noted is None or (type(noted) is int and 0 <= noted < LARGEST) for noted in (code, steps))
     if not isinstance(run_id, str) or type(segment) is not int or not whole:
         raise LeaseError(f"{LEASE_FILE} is not one of gala-mpi: {REMEDY}")

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import pytest
 from conftest import LAUNCHER_VARIABLES, ROOT, Mpi, finish, kill
+from slurm import wait_for
 from test_cli import SLOW, assert_closed, start_long_run
 
 ENVIRONMENT = Path(sys.executable).parent.parent
@@ -63,9 +64,7 @@ def start(
 
 def begun(folder: Path) -> None:
     """Wait until the second rank of the job's run has its first checkpoint."""
-    deadline = time.monotonic() + 240
-    while not list(folder.glob("run/checkpoints/rank-00001/segment-0-*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(lambda: list(folder.glob("run/checkpoints/rank-00001/segment-0-*")), "the first checkpoint")
 
 
 def stand_ins(folder: Path, library: str = "MPICH Version: 5.0.2") -> Path:
@@ -167,9 +166,7 @@ def test_a_job_that_is_told_before_its_ranks_are_up_goes_on_later(tmp_path: Path
     environment = stand_ins(tmp_path)
     command(environment, "srun", f"{OTHER_STEPS}\ntrap 'exit 138' USR1\ntouch started\nwhile :; do sleep 0.1; done")
     job = start(tmp_path, launcher="srun", environment=environment)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((tmp_path / "started").exists, "the launcher")
     job.send_signal(signal.SIGUSR1)
     assert finish(job, 60).returncode == 75
     assert (tmp_path / "queue").read_text() == "requeue 7\n"
@@ -222,9 +219,7 @@ def test_under_lsf_a_job_that_was_told_ends_with_the_code_that_queues_it_again(t
     command(environment, "mpirun", "trap 'exit 138' USR1\ntouch started\nwhile :; do sleep 0.1; done")
     given = {"LSB_JOBID": "9", "LSB_JOBNAME": "night", "LSB_DJOB_NUMPROC": "4", "LSB_MCPU_HOSTS": "n1 2 n2 2"}
     job = start(tmp_path, script="train.lsf", launcher="auto", environment=environment, given=given)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((tmp_path / "started").exists, "the launcher")
     job.send_signal(signal.SIGUSR1)
     ended = finish(job, 60)
     assert ended.returncode == 85 and "LSF queues it again for exit code 85" in ended.stdout, ended
@@ -254,10 +249,7 @@ def test_mps_is_started_on_each_node_and_ended_with_the_job(there: bool, tmp_pat
     if there:
         assert "job: MPS runs on n1\n" in ended.stdout and f"with MPS {folder}" in ended.stdout
         pid = int((tmp_path / "daemon").read_text())
-        deadline = time.monotonic() + 60
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not Path(f"/proc/{pid}").exists()
+        wait_for(lambda: not Path(f"/proc/{pid}").exists(), "the end of MPS")
     else:
         assert "nvidia-cuda-mps-control: not found" in ended.stdout and f"with MPS {folder}" not in ended.stdout
 

@@ -193,11 +193,13 @@ def test_ranks_that_outlive_their_nodes_daemon_keep_the_run_until_they_end(site:
         wait_for(lambda: slurm.fact(job, "JobState") == "PENDING", "the job is in the queue again")
         slurm.run("scontrol", "update", f"JobId={job}", "ReqNodeList=n1")
         site.says(job, "another job goes on with")
+        assert site.ranks(job) == ranks and status_of(site.run(job)).segment == 0
     finally:
         slurm.script("start-node", "n2")
     for pid in ranks:
         os.kill(pid, signal.SIGKILL)
     site.says(job, "goes on from")
+    assert not set(site.ranks(job)) & set(ranks) and status_of(site.run(job)).segment == 1
 
 
 def test_where_a_job_may_not_queue_itself_again_it_submits_itself_or_says_how_to_go_on(site: Site) -> None:
